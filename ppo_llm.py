@@ -1,0 +1,1282 @@
+"""Proximal Policy Optimization for language models: the whole algorithm in one file, on the CPU or one GPU.
+
+    python ppo_llm.py                                       # bundled demo: 5 minutes on a laptop, downloads nothing
+    python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct    # GSM8K with the published settings, on a GPU
+    python ppo_llm.py --adv_estimator grpo --rollout_n 8 --train_batch_size 16     # no critic: groups of 8 responses
+
+    for step in range(total_steps):
+        rollout = generate(policy, prompts)                             responses and their old_logprobs
+        scores = reward(prompts, responses, answers)                    one number per response
+        rewards = compute_rewards(scores, kl, kl_coef)                  on the last token, minus kl_coef * kl per token
+        advantages, returns = compute_advantages(rewards, values)       GAE, or critic-free baselines
+        for epoch, mini_batch in rollout:
+            critic_loss = clipped_value_loss(values, old_values, returns)
+            actor_loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy (+ kl)
+        kl_controller.update(kl)                                        adaptive KL, when asked
+
+Shapes: B sequences, T response tokens, N response tokens of a micro-batch in one row, H hidden size, V vocabulary.
+[B, T] tensors are fp32, right-padded, 0 where `mask` is 0; index t of values and logprobs is the state before token t.
+
+Where this differs from the papers and from other code, on purpose:
+1. A loss is a weighted sum whose weights are known before the mini-batch is cut (`loss_weights`): micro-batch size and
+   padding change memory and speed, never the result. Policy, value, entropy and KL losses share the weights.
+2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, before the first update.
+3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature, never truncated.
+4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl and TRL).
+5. `approx_kl` is the k3 estimate of KL(old, new) and never negative; verl's `ppo_kl` is k1.
+6. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
+7. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
+"""
+
+import copy
+import csv
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+HERE = Path(__file__).resolve().parent
+GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
+CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
+KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
+KLLoss = Literal[KLPenalty, "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
+Estimator = Literal["gae", "grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+class UsageError(Exception):
+    """What the user can mend: shown as one sentence, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config. The defaults are the published GSM8K run (verl, Qwen2.5-0.5B-Instruct); DEMO is what runs without --model.
+
+
+@dataclass
+class Config:
+    # Run
+    seed: int = 1  # seeds the prompt order, the sampling, the shuffles and the value head
+    output_dir: str | None = None  # the run's folder; None: output/ppo_llm-DATASET-seedN-TIME
+    resume: str = "auto"  # auto (continue what is in output_dir), never, must, or the path of a checkpoint
+    device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
+    deterministic: bool = False  # only deterministic kernels; slower on a GPU
+    # Models
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
+    critic: Literal["separate", "shared"] = "separate"  # a model of its own, or a value head on the policy's trunk
+    critic_model: str | None = None  # weights the separate critic starts from; None: those of the policy
+    value_head_init: Literal["zero", "normal"] = "zero"  # zero: V starts at 0; normal: N(0, 0.02), noise of +-10
+    value_pooling: Literal["last", "mean"] = "last"  # the critic reads the last hidden state, or the mean of all so far
+    reference: Literal["init", "previous", "mixed"] = "init"  # KL to the start, to the policy before this update, both
+    reference_mix: float = 0.5  # weight of the previous policy in reference mixed
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about 30 % slower
+    trust_remote_code: bool = False  # run Python code that comes with a model repository
+    # Data
+    dataset: str = "openai/gsm8k"  # demo, a Hub name NAME[:CONFIG[:SPLIT]], or a json, jsonl, csv or parquet file
+    eval_dataset: str | None = None  # the same; None: the test split of demo and gsm8k, otherwise no evaluation
+    prompt_column: str | None = None  # None: question, instruction (+ input), prompt or messages
+    answer_column: str | None = None  # None: answer or output, where there is one
+    system_prompt: str | None = None  # put before every prompt as a system turn
+    max_prompt_length: int = 1024  # tokens
+    overlong_prompt: Literal["drop", "truncate_left", "error"] = "drop"  # longer training prompts; evaluation truncates
+    # Reward
+    reward: str = "gsm8k"  # gsm8k (strict match), or FILE.py:function(prompts, responses, answers) -> floats
+    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # where the score goes
+    attribution_discount: float = 0.95  # discounted: weight of a token relative to the next one
+    missing_eos_penalty: float | None = None  # applied to the score of a response that was cut; None: no rule
+    missing_eos_mode: Literal["subtract", "replace", "scale"] = "subtract"  # score - p, -p, or score * p
+    overlong_buffer: int = 0  # score falls linearly by 1 over the last N tokens before the limit (DAPO)
+    score_clip: float | None = None  # clip scores to [-c, c]
+    whiten_rewards: bool = False  # scale the token rewards to unit variance, keeping their mean
+    # KL against the reference policy
+    use_kl_in_reward: bool | None = None  # None: unless use_kl_loss
+    kl_penalty: KLPenalty = "k1"  # estimator in the reward; only k1 gives the gradient of KL(policy, reference)
+    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # adaptive: the coefficient is steered towards kl_ctrl_target
+    kl_ctrl_coef: float = 0.001  # coefficient of the KL in the reward; 0: no reference model is loaded
+    kl_ctrl_target: float | None = None  # KL to hold; None: 0.1 per token, 6.0 per sequence
+    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # of the target: mean per token (verl) or sum per sequence
+    kl_ctrl_horizon: int = 10000  # responses over which the coefficient moves by at most 20 %
+    use_kl_loss: bool = False  # KL as a term of the actor's loss instead of the reward
+    kl_loss_coef: float = 0.001  # its coefficient (adaptive too, when kl_ctrl_type is)
+    kl_loss_type: KLLoss = "k3+"  # estimator in the loss; k2, full and the + forms have the right gradient
+    # Rollout
+    train_batch_size: int = 256  # prompts per step
+    rollout_n: int = 1  # responses per prompt
+    max_response_length: int = 512  # tokens
+    temperature: float = 1.0  # divides the logits, in sampling and in every log-probability
+    top_p: float = 1.0  # nucleus sampling; below 1 the log-probs are still of the untruncated policy
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    rollout_slots: int = 256  # responses generated at a time
+    # Advantage
+    adv_estimator: Estimator = "gae"  # gae needs a critic, the others none
+    gamma: float = 1.0  # discount per token
+    lam: float = 1.0  # GAE lambda
+    lam_critic: float | None = None  # another lambda for the returns the critic learns (VC-PPO); None: lam
+    length_adaptive_alpha: float | None = None  # lambda = 1 - 1/(alpha * length) for the actor (VAPO; 0.05); None: lam
+    norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO)
+    whiten_advantages: bool | None = None  # over all tokens of the rollout; None: as the estimator is defined
+    # Loss
+    clip_ratio: float = 0.2  # the ratio new/old is clipped to 1 +- this
+    clip_ratio_low: float | None = None  # lower side; None: clip_ratio
+    clip_ratio_high: float | None = None  # upper side; None: clip_ratio
+    clip_ratio_c: float | None = 3.0  # dual clip: bound on the ratio where the advantage is negative; None: off
+    cliprange_value: float | None = 0.5  # values move at most this far from the old ones; None: off
+    vf_coef: float = 0.1  # weight of the value loss when critic is shared
+    entropy_coeff: float = 0.001  # weight of the entropy bonus
+    loss_agg_mode: Aggregation = "token-mean"  # how the losses of tokens become one number
+    loss_scale_factor: float | None = None  # divisor of seq-mean-token-sum-norm; None: max_response_length
+    # Optimization
+    total_epochs: int = 15  # passes over the data set
+    total_steps: int | None = None  # steps (rollout + update); None: from total_epochs
+    ppo_epochs: int = 1  # passes over each rollout
+    ppo_mini_batch_size: int = 64  # responses per optimizer step
+    critic_ppo_epochs: int | None = None  # passes of the critic; None: ppo_epochs
+    critic_ppo_mini_batch_size: int | None = None  # responses per step of the critic; None: ppo_mini_batch_size
+    ppo_micro_batch_size: int | None = None  # responses per forward and backward; None: no such limit
+    micro_batch_tokens: int = 16384  # tokens with padding per forward and backward; not the result
+    lr: float = 1e-6  # learning rate of the policy
+    critic_lr: float = 1e-5  # learning rate of the critic or of the value head
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
+    warmup_steps: int = 0  # steps (rollout + update) of linear warm-up
+    weight_decay: float = 0.01  # of AdamW
+    grad_clip: float = 1.0  # gradient norm is clipped to this
+    early_stop_kl: float | None = None  # end the actor's update when a mini-batch's approx_kl passes this
+    critic_warmup: int = 0  # first steps in which only the critic learns
+    critic_early_stop: bool = False  # end the critic's epochs when the value loss on a held-out tenth stops falling
+    # Evaluation, logs, checkpoints
+    eval_every: int = 10  # steps between greedy evaluations (also before the first step and at the end); 0: never
+    eval_size: int | None = None  # evaluation rows; None: all
+    eval_only: bool = False  # evaluate the model and exit
+    print_samples: int = 2  # responses written to samples.jsonl per rollout and per evaluation
+    save_every: int = 50  # steps between checkpoints; 0: only the final model
+    save_total_limit: int = 2  # newest checkpoints that are kept
+    track: Literal["none", "wandb", "trackio"] = "none"  # also send the metrics there (pip install it first)
+
+    @property
+    def rollout_size(self) -> int:  # B, responses per step
+        return self.train_batch_size * self.rollout_n
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.adv_estimator == "gae"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return not self.use_kl_loss if self.use_kl_in_reward is None else self.use_kl_in_reward
+
+    @property
+    def kl_coef(self) -> float:  # at the start; 0: no KL is used and no reference model is needed
+        return self.kl_loss_coef if self.use_kl_loss else self.kl_ctrl_coef if self.kl_in_reward else 0.0
+
+    @property
+    def kl_kind(self) -> str:  # estimator of the KL in use
+        kind = self.kl_loss_type if self.use_kl_loss else self.kl_penalty
+        return KL_ALIASES.get(kind, kind)
+
+    @property
+    def kl_target(self) -> float:
+        default = {"token": 0.1, "sequence": 6.0}[self.kl_ctrl_unit]
+        return default if self.kl_ctrl_target is None else self.kl_ctrl_target
+
+
+DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", train_batch_size=128, max_response_length=64,
+              ppo_mini_batch_size=32, ppo_epochs=2, lr=1e-4, critic_lr=3e-4, lam=0.95, total_steps=60,
+              weight_decay=0.0)
+
+
+def check_config(c: Config) -> None:
+    """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
+    critic_only = any((c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup,
+                       c.critic_early_stop))
+    adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
+    positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
+        total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size temperature
+        micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
+        kl_target"""
+    refused = [((getattr(c, name) or 1) <= 0 or getattr(c, name) == 0, f"{name} must be positive")
+               for name in positive.split()]
+    refused += [
+        (min(c.kl_ctrl_coef, c.kl_loss_coef, c.top_k) < 0, "kl_ctrl_coef, kl_loss_coef and top_k must not be negative"),
+        (not (0 <= c.reference_mix <= 1 and 0 < c.attribution_discount <= 1 and 0 < c.top_p <= 1),
+         "reference_mix must lie in [0, 1], attribution_discount and top_p in (0, 1]"),
+        (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
+        (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
+        (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward and use_kl_loss: one replaces the other, choose one"),
+        (c.reference == "previous" and (not c.use_kl_loss or adaptive),
+         "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
+        (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
+        (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
+        (c.critic == "shared" and critic_only,
+         "critic shared has one optimizer: critic_model, critic_ppo_*, critic_warmup, critic_early_stop do not apply"),
+        (not c.uses_critic and critic_only, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
+        (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
+         f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
+        (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
+         f"train_batch_size * rollout_n = {size} responses must divide into mini-batches of ppo_mini_batch_size ="
+         f" {c.ppo_mini_batch_size} and of critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
+        (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
+    ]
+    for wrong, sentence in refused:
+        if wrong:
+            raise UsageError(sentence)
+    if c.kl_coef and c.kl_in_reward and c.kl_kind != "k1":
+        warn(f"kl_penalty {c.kl_kind}: in the reward only k1 gives the gradient of KL(policy, reference)")
+    if c.kl_coef and c.use_kl_loss and c.kl_kind in ("k1", "abs", "k3"):
+        warn(f"kl_loss_type {c.kl_kind} lacks the gradient of KL(policy, reference): k1's is 0, k3's of the reverse KL")
+    if c.top_p < 1 or c.top_k > 0:
+        warn("top_p and top_k truncate the sampling, log-probs stay those of the whole policy: KL may turn negative")
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def seeded(device: torch.device | str, *parts) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, such as (seed, "sampling", step)."""
+    return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and rewards.
+
+
+@dataclass
+class Example:
+    text: str  # what the user asks
+    answer: str  # ground truth; "" where the data set has none
+    prompt: list[int]  # token ids, ending where the response begins
+
+
+def read_rows(source: str, split: str) -> list[dict]:
+    """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError with file:line."""
+    path, where = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source), source
+    try:
+        if path.suffix == ".jsonl":
+            rows = []
+            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                where = f"{path}:{number}"
+                rows += [json.loads(line)] if line.strip() else []
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_bytes())
+        else:
+            from datasets import load_dataset
+
+            name, config_name, named_split = f"{source}::".split(":")[:3]
+            if path.suffix in (".csv", ".parquet"):
+                rows = load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
+            else:
+                config_name = config_name or ("main" if name.endswith("gsm8k") else None)
+                rows = load_dataset(name, config_name, split=named_split or split).to_list()
+    except Exception as error:  # whatever the reader says, the user can only mend the source
+        raise UsageError(f"{where}: {error}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{source}: {'rows must be objects' if rows else 'no rows'}")
+    return rows
+
+
+def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, str]:
+    """Names of the prompt and the answer column ("": none). Raises UsageError with the columns present."""
+    found = []
+    for wanted, known, is_needed in (
+        (config.prompt_column, ("question", "instruction", "prompt", "messages"), True),
+        (config.answer_column, ("answer", "output"), config.reward == "gsm8k"),
+    ):
+        found.append(wanted or next((name for name in known if name in columns), ""))
+        if found[-1] not in columns and (wanted or is_needed):
+            raise UsageError(f"{source}: no column {wanted or ' or '.join(known)}; there are {', '.join(columns)}")
+    return found[0], found[1]
+
+
+def render_prompt(messages: list[dict], tokenizer) -> list[int]:
+    """Token ids of a conversation, up to where the assistant begins to speak."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them: no second BOS
+    ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt has not ended
+
+
+def make_examples(rows: list[dict], tokenizer, config: Config, source: str, training: bool) -> list[Example]:
+    """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
+    prompt_column, answer_column = find_columns(list(rows[0]), config, source)
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    limit, overlong, examples = config.max_prompt_length, 0, []
+    for number, row in enumerate(rows, 1):
+        messages, answer = row.get(prompt_column), str(row.get(answer_column) or "")
+        if isinstance(messages, str) and messages.strip():
+            extra = f" {GSM8K_INSTRUCTION}" if prompt_column == "question" else ""
+            extra += f"\n{row['input']}" if prompt_column == "instruction" and row.get("input") else ""
+            messages = [{"role": "user", "content": messages + extra}]
+        if not isinstance(messages, list) or not messages or not all(m.get("content") for m in messages):
+            raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
+        ids = render_prompt(system + messages, tokenizer)
+        if len(ids) > limit:
+            overlong += 1
+            if training and config.overlong_prompt == "error":
+                raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
+            if training and config.overlong_prompt == "drop":
+                continue
+        answer = answer.split("####")[-1].strip().replace(",", "") if "####" in answer else answer
+        examples.append(Example(messages[-1]["content"], answer, ids[-limit:]))
+    if overlong:
+        done = "dropped" if len(examples) < len(rows) else "truncated on the left"
+        warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
+    return examples
+
+
+def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation examples; the second list is empty if nothing is to be evaluated. Raises UsageError."""
+    name = config.dataset.split(":")[0]
+    eval_source = config.eval_dataset or (name if name in ("demo", "gsm8k", "openai/gsm8k") else None)
+    train = make_examples(read_rows(config.dataset, "train"), tokenizer, config, config.dataset, training=True)
+    if len(train) < config.train_batch_size:
+        raise UsageError(f"{config.dataset}: {len(train)} prompts, train_batch_size is {config.train_batch_size}")
+    if eval_source is None or not (config.eval_every or config.eval_only):
+        return train, []
+    rows = read_rows(eval_source, "test")[: config.eval_size]
+    return train, make_examples(rows, tokenizer, config, eval_source, training=False)
+
+
+def prompt_order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which examples a step uses: in every epoch a fresh permutation, whose incomplete last batch is left out."""
+    epoch, batch = divmod(step, num_examples // batch_size)
+    order = torch.randperm(num_examples, generator=seeded("cpu", seed, "prompts", epoch)).tolist()
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def score_gsm8k_strict(response: str, answer: str) -> float:
+    """1 if the last "#### NUMBER" of the last 300 characters is the answer, as a string, commas apart (verl's rule)."""
+    found = re.findall(r"#### (-?[0-9.,]+)", response[-300:])
+    return float(bool(found) and found[-1].replace(",", "") == answer)
+
+
+def score_gsm8k_flexible(response: str, answer: str) -> float:
+    """1 if the number after the last "####", else the last number, equals the answer: 1,000 = $1000 = 1000.00."""
+    number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
+    try:
+        return float(bool(found) and float(re.sub("[,$]", "", found[-1])) == float(re.sub("[,$]", "", answer)))
+    except ValueError:  # the answer is not a number, or the response has two minus signs
+        return 0.0
+
+
+def load_reward(spec: str) -> Callable[[list[str], list[str], list[str]], list[float]]:
+    """reward(prompts, responses, answers) -> scores: the GSM8K rule, or the user's FILE.py:function, which is run."""
+    if spec == "gsm8k":
+        return lambda prompts, responses, answers: list(map(score_gsm8k_strict, responses, answers))
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UsageError(f"reward {spec!r} is neither gsm8k nor FILE.py:function with an existing file")
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise UsageError(f"reward {spec!r}: {path} has no function {name!r}")
+    return function
+
+
+def score_responses(reward: Callable, examples: list[Example], texts: list[str]) -> Tensor:
+    """Scores [B]. Raises UsageError naming the row for which the reward returned no finite number."""
+    scores = list(reward([e.text for e in examples], texts, [e.answer for e in examples]))
+    if len(scores) != len(texts):
+        raise UsageError(f"the reward returned {len(scores)} scores for {len(texts)} responses")
+    for row, score in enumerate(scores):
+        if not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise UsageError(f"the reward returned {score!r} for row {row}, response {texts[row][:80]!r}")
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models.
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face model and, where values are wanted, a linear fp32 head on its hidden states.
+
+    The policy chooses among num_tokens: embedding rows beyond the tokenizer (Qwen2.5 has 271) are no part of it.
+    """
+
+    def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
+        super().__init__()
+        self.lm, self.num_tokens, self.pooling, self.value_head = lm, num_tokens, config.value_pooling, None
+        if with_values:
+            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device)
+            noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
+
+    def hidden(self, **inputs) -> Tensor:
+        """Last hidden states [B, S, H]."""
+        return self.lm.base_model(**inputs).last_hidden_state
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """fp32 logits [..., num_tokens] of the policy that samples."""
+        return self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float() / temperature
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """V [B, S] from the last hidden state, or from the mean of all so far."""
+        hidden = hidden.float()
+        if self.pooling == "mean":
+            hidden = hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+        return self.value_head(hidden).squeeze(-1)
+
+
+class Learner:
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file.
+
+    bf16 weights are trained through fp32 masters and fp32 gradients: a step of 1e-6 is lost in the 8 bits of bf16.
+    """
+
+    def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
+        self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
+        self.weights = list(model.parameters())
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
+        groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of loss to what has been collected since the last step."""
+        loss.backward()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master and weight.grad is not None:
+                master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
+                weight.grad = None
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> float:
+        """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite."""
+        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.grad_clip).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            self.copy_masters()
+        self.skipped_steps += not math.isfinite(grad_norm)
+        self.drop_gradient()
+        return grad_norm
+
+    def copy_masters(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(master)  # a weight in fp32 is its own master
+
+    def drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def export(self, folder: Path, tokenizer) -> None:
+        """A plain Hugging Face folder that AutoModelForCausalLM loads."""
+        self.model.lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def save(self, path: Path) -> None:
+        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
+        for i, master in enumerate(self.masters):
+            state = self.optimizer.state.get(master, {}) | {"weight": master.detach()}
+            tensors |= {f"{i}.{key}": x.contiguous() for key, x in state.items()}
+        save_file(tensors, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        tensors, states = load_file(path), [{} for _ in self.masters]
+        self.skipped_steps = int(tensors.pop("skipped_steps"))
+        for name, x in tensors.items():
+            states[int(name.split(".")[0])][name.split(".")[1]] = x
+        for master, state in zip(self.masters, states, strict=True):
+            master.copy_(state.pop("weight"))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {i: x for i, x in enumerate(states) if x}, "param_groups": groups})
+        self.copy_masters()
+
+
+@dataclass
+class Models:
+    actor: Learner
+    critic: Learner | None  # None: critic-free, or a value head on the actor
+    reference: LanguageModel | None  # None: nothing uses it
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_ids: set[int]
+
+
+def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
+    """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    lm = auto_class.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=config.trust_remote_code)
+    for module in lm.modules():
+        for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
+            if "drop" in key or isinstance(module, nn.Dropout):
+                setattr(module, key, 0.0)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm.to(device).eval()
+
+
+def build_models(tokenizer, config: Config) -> Models:
+    lm = load_lm(config.model, AutoModelForCausalLM, config)
+    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])
+    eos = lm.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    print(f"stop tokens: {' '.join(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))}")
+    reference = critic = None
+    if config.kl_coef and config.reference != "previous":
+        reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
+    if config.uses_critic and config.critic == "separate":
+        trunk = load_lm(config.critic_model or config.model, AutoModel, config)
+        critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
+    policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config)
+    return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument.
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """One process has nothing to add; in ppo_llm_multigpu.py this is an all-reduce. All statistics go through it."""
+    return x
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask is 1, over all ranks; 0 if the mask is empty. A statistic: it carries no gradient."""
+    x = x.detach().masked_fill(mask == 0, 0.0)
+    total, count = sum_over_ranks(torch.stack([x.sum(), mask.sum()]))
+    return total / count.clamp(min=1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x - mean) / sqrt(unbiased variance + 1e-8) over the mask, 0 outside; shift_mean=False keeps the mean."""
+    mean, count = masked_mean(x, mask), sum_over_ranks(mask.sum())
+    variance = masked_mean((x - mean).square(), mask) * count / (count - 1).clamp(min=1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean).masked_fill(mask == 0, 0.0)
+
+
+def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """Estimate of KL(policy, reference) at each sampled token (joschu.net/blog/kl-approx.html).
+
+    k1 = x = log(policy/reference) is unbiased, abs = |x|, k2 = x^2/2, k3 = exp(-x) - 1 + x is unbiased and at least 0.
+    A trailing + keeps the value and takes the gradient of k2: in expectation that of KL(policy, reference).
+    """
+    if kind.endswith("+"):
+        surrogate = estimate_kl(logprobs, ref_logprobs, "k2")
+        return estimate_kl(logprobs, ref_logprobs, kind[:-1]).detach() + surrogate - surrogate.detach()
+    x, kind = logprobs - ref_logprobs, KL_ALIASES.get(kind, kind)
+    if kind == "k3":
+        y = (-x).clamp(-20, 20)
+        return (torch.expm1(y) - y).clamp(-10, 10)
+    return {"k1": x, "abs": x.abs(), "k2": 0.5 * x.square()}[kind]
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(policy, reference) at each position, summed over the vocabulary: logits [N, V] -> [N]."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+@dataclass
+class AdaptiveKLController:
+    """Steers the KL coefficient towards a target (arXiv:1909.08593, section 2.2); target None keeps it fixed."""
+
+    coef: float
+    target: float | None
+    horizon: int
+
+    def update(self, kl: float, num_responses: int) -> None:
+        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_responses / horizon, after the step that used coef."""
+        if self.target is not None:
+            self.coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * num_responses / self.horizon
+
+
+def compute_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, discount: float = 0.0) -> Tensor:
+    """Rewards [B, T]: the scores [B] spread over the tokens, minus kl_coef * kl [B, T].
+
+    Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last one, 1 spreads evenly.
+    """
+    tokens_after = (mask.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
+    weights = torch.full_like(mask, discount).pow(tokens_after) * mask
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-8)
+    return (weights * scores[:, None] - kl_coef * kl).masked_fill(mask == 0, 0.0)
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [B, T], un-whitened; lam: number or [B].
+
+    Masked tokens are transparent, as in verl: V and the sum pass over them without decay. V = 0 after the last token.
+    """
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        valid = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(valid, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(valid, values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    return advantages.masked_fill(mask == 0, 0.0), (advantages + values).masked_fill(mask == 0, 0.0)
+
+
+def compute_group_advantages(scores: Tensor, group_size: int, estimator: str, by_std: bool = True) -> Tensor:
+    """Advantages [B] of responses against the others to the same prompt, whose rows are adjacent."""
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if estimator == "grpo" and by_std:  # arXiv:2402.03300; without the division: Dr. GRPO, arXiv:2503.20783
+        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
+    if estimator in ("rloo", "rloo_vectorized"):  # = score - mean of the others (arXiv:2402.14740)
+        centred = centred * group_size / (group_size - 1)
+    return centred.view(-1)
+
+
+def compute_advantages(rewards: Tensor, values: Tensor | None, mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened over the rollout where the estimator or whiten_advantages says so, and returns; [B, T]."""
+    estimator, gamma, lam, whiten = config.adv_estimator, config.gamma, config.lam, config.whiten_advantages
+    if estimator == "gae":
+        lam_critic = lam if config.lam_critic is None else config.lam_critic
+        if config.length_adaptive_alpha is not None:  # VAPO (arXiv:2504.05118): lambda = 1 - 1 / (alpha * length)
+            lam = (1 - 1 / (config.length_adaptive_alpha * mask.sum(1)).clamp(min=1)).clamp(0, 1)
+        advantages, _ = compute_gae(rewards, values, mask, gamma, lam)
+        _, returns = compute_gae(rewards, values, mask, gamma, lam_critic)
+    elif estimator == "reinforce_plus_plus":  # arXiv:2501.03262: reward to go, no baseline
+        advantages, returns = compute_gae(rewards, torch.zeros_like(mask), mask, gamma, 1.0)
+    else:
+        scores = compute_group_advantages(rewards.sum(1), config.rollout_n, estimator, config.norm_adv_by_std)
+        advantages = returns = scores[:, None] * mask
+    if whiten is None:
+        whiten = estimator in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+    return (masked_whiten(advantages, mask) if whiten else advantages), returns
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, clip_c: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise: loss, ratio, was clipped, was clipped by clip_c.
+
+    clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most -advantage * clip_c.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss, is_clipped, is_bounded = torch.maximum(unclipped, clipped), clipped > unclipped, torch.zeros_like(ratio)
+    if clip_c is not None:
+        bound = -advantages * clip_c
+        is_bounded = (advantages < 0) & (loss > bound)
+        loss = torch.where(is_bounded, bound, loss)
+    return loss, ratio.detach(), is_clipped.float(), is_bounded.float()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error, elementwise, of values or of values within cliprange of old_values, whichever is worse.
+
+    Also returns where the clipped one was worse (as in OpenAI's baselines, ppo2).
+    """
+    loss, is_clipped = (values - returns).square(), torch.zeros_like(values)
+    if cliprange is not None:
+        clipped = (old_values + (values - old_values).clamp(-cliprange, cliprange) - returns).square()
+        loss, is_clipped = torch.maximum(loss, clipped), (clipped > loss).float()
+    return 0.5 * loss, is_clipped
+
+
+def loss_weights(mask: Tensor, mode: str, scale: float) -> Tensor:
+    """Weights [B, T] of a mini-batch: its loss is (token_loss * weights).sum() over all micro-batches and ranks.
+
+    The two mean modes sum to 1; seq-mean-token-sum is mask / responses, seq-mean-token-sum-norm mask / scale.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    tokens, responses = sum_over_ranks(torch.stack([mask.sum(), (lengths > 0).float().sum()])).clamp(min=1)
+    return mask / {"token-mean": tokens, "seq-mean-token-sum": responses, "seq-mean-token-sum-norm": scale,
+                   "seq-mean-token-mean": lengths.clamp(min=1) * responses}[mode]
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant; NaN where all returns agree."""
+    error = returns - values
+    error_variance = masked_mean((error - masked_mean(error, mask)).square(), mask)
+    return 1 - error_variance / masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+
+
+def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int, schedule: str) -> float:
+    """Learning rate over its base value. progress counts steps, with the part of the step's updates already made."""
+    if progress < warmup:
+        return min(1.0, (progress + 1 / per_step) / warmup)
+    left = 1 - (progress - warmup) / max(total - warmup, 1e-8)
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollout.
+
+
+@dataclass
+class Rollout:
+    """What one step collects. Tensors are [B, T], 0 outside the mask."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]  # up to and including the stop token
+    mask: Tensor  # 1.0 on response tokens
+    old_logprobs: Tensor  # of the policy that sampled
+    ref_logprobs: Tensor | None = None  # of the reference policy
+    old_values: Tensor | None = None  # of the critic before the update
+    kl: Tensor | None = None  # estimate of KL(policy, reference); 0 where no KL is in use
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    ratio: Tensor | None = None  # new/old at the token's last visit in the update
+    clipped: Tensor | None = None  # 1 where it was clipped there
+    scores: Tensor | None = None  # [B]: what the reward gave each response
+    texts: list[str] = field(default_factory=list)  # the responses, decoded
+
+    def take(self, rows: list[int]) -> "Rollout":
+        """Prompts, responses and [B, T] tensors of these rows, cut to their longest response."""
+        width = max(len(self.responses[i]) for i in rows)
+        tensors = {name: x[rows, :width] for name, x in vars(self).items() if isinstance(x, Tensor) and x.dim() == 2}
+        return Rollout([self.prompts[i] for i in rows], [self.responses[i] for i in rows], **tensors)
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
+
+    Only our flags shape the sampling: the model's generation_config (repetition penalty, top_k, ...) has no say.
+    """
+    results = [None] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), c.rollout_slots):
+        rows = order[start : start + c.rollout_slots]
+        tokens, logprobs, lengths = decode(model, [prompts[i] for i in rows], stop_ids, c, generator)
+        for i, row, n in zip(rows, range(len(rows)), lengths.tolist(), strict=True):
+            results[i] = tokens[row, :n].tolist(), logprobs[row, :n]
+    return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
+
+
+def decode(
+    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and log-probs [B, max_response_length] and lengths [B] for a left-padded batch, one token per pass.
+
+    Rows that have ended leave the batch every CHECK_EVERY tokens.
+    """
+    device, width, limit = model.lm.device, max(map(len, prompts)), c.max_response_length
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    positions, stop = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(sorted(stop_ids), device=device)
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    logprobs, lengths = tokens.float(), torch.full_like(tokens[:, 0], limit)
+    rows, cache = torch.arange(len(prompts), device=device), DynamicCache(config=model.lm.config)
+    warpers = [TopKLogitsWarper(c.top_k)] if c.top_k else []
+    warpers += [TopPLogitsWarper(c.top_p)] if c.top_p < 1 else []
+    for t in range(limit):
+        hidden = model.hidden(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache)
+        logits = allowed = model.logits(hidden[:, -1], c.temperature)
+        for warper in warpers:
+            allowed = warper(None, allowed)
+        greedy = generator is None
+        ids = logits.argmax(-1, keepdim=True) if greedy else allowed.softmax(-1).multinomial(1, generator=generator)
+        tokens[rows, t], logprobs[rows, t] = ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]
+        lengths[rows] = torch.where(torch.isin(ids[:, 0], stop), lengths[rows].clamp(max=t + 1), lengths[rows])
+        attention, positions = torch.cat([attention, attention.new_ones(len(rows), 1)], 1), positions[:, -1:] + 1
+        if (t + 1) % CHECK_EVERY == 0:
+            keep = (lengths[rows] > t + 1).nonzero()[:, 0]
+            if len(keep) == 0:
+                break
+            rows, ids, attention, positions = rows[keep], ids[keep], attention[keep], positions[keep]
+            cache.batch_select_indices(keep)
+    return tokens, logprobs, lengths
+
+
+def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[Tensor]:
+    """function(*slices) over slices of tokens, recomputed in backward: [tokens, vocabulary] never exists whole."""
+    parts = list(zip(*(x.split(max(1, LOGITS_PER_CHUNK // vocabulary)) for x in tensors), strict=True))
+    if torch.is_grad_enabled() and len(parts) > 1:
+        function = partial(checkpoint, function, use_reentrant=False)
+    return [torch.cat(pieces) for pieces in zip(*(function(*part) for part in parts), strict=True)]
+
+
+def to_tokens(flat: Tensor, mask: Tensor) -> Tensor:
+    """[N], in the order of the ones in the mask -> [B, T], 0 elsewhere."""
+    return torch.zeros_like(mask).masked_scatter(mask > 0, flat)
+
+
+def forward(model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None) -> list:
+    """[log-probs, entropy, values, full_kl to the reference] of the response tokens, [B, T], or None without that head.
+
+    Prompt and response are padded on the right only: attention is causal, so padding changes nothing and needs no mask.
+    """
+    sequences = [torch.tensor(p + r) for p, r in zip(part.prompts, part.responses, strict=True)]
+    inputs = {"input_ids": pad_sequence(sequences, batch_first=True).to(part.mask.device), "use_cache": False}
+    row, step = part.mask.nonzero(as_tuple=True)
+    column = torch.tensor([len(p) - 1 for p in part.prompts], device=row.device)[row] + step  # where it is chosen
+    hidden = model.hidden(**inputs)
+    values = None if model.value_head is None else to_tokens(model.values(hidden)[row, column], part.mask)
+    if model.lm.get_output_embeddings() is None:  # a critic has no token head
+        return [None, None, values, None]
+    with torch.no_grad():
+        ref_states = reference.hidden(**inputs)[row, column] if reference else hidden.new_zeros(len(row), 0)
+
+    def head(states: Tensor, ref_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logp = model.logits(states, temperature).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        kl = full_kl(logp, reference.logits(ref_states, temperature)) if reference else torch.zeros_like(entropy)
+        return logp.gather(1, targets[:, None])[:, 0], entropy, kl
+
+    targets = torch.tensor([token for response in part.responses for token in response], device=row.device)
+    flat = over_chunks(head, model.num_tokens, hidden[row, column], ref_states, targets)
+    logprobs, entropy, kl = (to_tokens(x, part.mask) for x in flat)
+    return [logprobs, entropy, values, kl if reference else None]
+
+
+def micro_batches(rows: list[int], rollout: Rollout, config: Config) -> Iterator[tuple[list[int], Rollout]]:
+    """Rows of similar length, each group within micro_batch_tokens (padding included) and ppo_micro_batch_size."""
+    length = {i: len(rollout.prompts[i]) + len(rollout.responses[i]) for i in rows}
+    group: list[int] = []
+    for i in sorted(rows, key=lambda i: (-length[i], i)):
+        full = group and (len(group) + 1) * length[group[0]] > config.micro_batch_tokens
+        if full or len(group) == config.ppo_micro_batch_size:
+            yield group, rollout.take(group)
+            group = []
+        group.append(i)
+    yield group, rollout.take(group)
+
+
+def score_tokens(function: Callable[[Rollout], Tensor], rollout: Rollout, config: Config) -> Tensor:
+    """function(part) [b, t] over the micro-batches of a whole rollout: [B, T]."""
+    result = torch.zeros_like(rollout.mask)
+    for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, config):
+        result[rows, : part.mask.shape[1]] = function(part)
+    return result
+
+
+def shape_scores(scores: Tensor, lengths: Tensor, stopped: Tensor, config: Config) -> Tensor:
+    """Scores [B] after clipping, the rule for a missing stop token, and DAPO's overlong penalty (arXiv:2503.14476)."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        p = config.missing_eos_penalty
+        cut = {"subtract": scores - p, "replace": torch.full_like(scores, -p), "scale": scores * p}
+        scores = torch.where(stopped, scores, cut[config.missing_eos_mode])
+    if config.overlong_buffer:
+        excess = lengths - (config.max_response_length - config.overlong_buffer)
+        scores = scores - excess.clamp(min=0) / config.overlong_buffer
+    return scores
+
+
+def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
+    """Fills in ref_logprobs and kl, for the estimator in use."""
+    policy, reference, temperature = models.actor.model, models.reference, config.temperature
+    rollout.ref_logprobs = rollout.old_logprobs  # reference previous
+    if reference:
+        rollout.ref_logprobs = score_tokens(lambda p: forward(reference, p, temperature)[0], rollout, config)
+    if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
+        w = torch.tensor(config.reference_mix, device=rollout.mask.device)
+        mixed = torch.logaddexp(rollout.ref_logprobs + (1 - w).log(), rollout.old_logprobs + w.log())
+        rollout.ref_logprobs = mixed.masked_fill(rollout.mask == 0, 0.0)
+    if config.kl_kind == "full":
+        rollout.kl = score_tokens(lambda p: forward(policy, p, temperature, reference)[3], rollout, config)
+    else:
+        rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
+
+
+@torch.no_grad()
+def collect_rollout(
+    models: Models, reward: Callable, examples: list[Example], step: int, kl_coef: float, config: Config
+) -> tuple[Rollout, dict]:
+    """Samples and scores responses, and turns the scores into advantages. Returns the rollout and its metrics."""
+    clock, policy, prompts = time.perf_counter(), models.actor.model, [e.prompt for e in examples]
+    noise = seeded(policy.lm.device, config.seed, "sampling", step)
+    responses, sampled = generate(policy, prompts, models.stop_ids, config, noise)
+    mask = pad_sequence([torch.ones_like(x) for x in sampled], batch_first=True)
+    sampled = pad_sequence(sampled, batch_first=True)
+    rollout = Rollout(prompts, responses, mask, sampled, kl=mask * 0, ratio=mask.clone(), clipped=mask * 0)
+    metrics = {"time/rollout": time.perf_counter() - clock}
+    if policy.lm.dtype != torch.float32:  # bf16 rounds by batch shape: take the update's kind of pass
+        rollout.old_logprobs = score_tokens(lambda p: forward(policy, p, config.temperature)[0], rollout, config)
+        metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
+    lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
+    if config.kl_coef:
+        measure_kl(models, rollout, config)
+        metrics |= {"reward/kl": masked_mean(rollout.kl.sum(1) / lengths, everyone), "reward/kl_coef": kl_coef,
+                    "reward/kl_sequence": masked_mean(rollout.kl.sum(1), everyone)}
+    stopped = torch.tensor([r[-1] in models.stop_ids for r in responses], device=mask.device)
+    rollout.texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
+    discount = {"terminal": 0.0, "uniform": 1.0, "discounted": config.attribution_discount}[config.reward_attribution]
+    rollout.rewards = compute_rewards(shape_scores(rollout.scores, lengths, stopped, config), rollout.kl, mask,
+                                      kl_coef if config.kl_in_reward else 0.0, discount)
+    if config.whiten_rewards:
+        rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
+    if config.uses_critic:
+        critic = models.critic.model if models.critic else policy
+        rollout.old_values = score_tokens(lambda p: forward(critic, p, config.temperature)[2], rollout, config)
+    rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
+    if config.uses_critic:
+        metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
+    return rollout, metrics | {
+        "reward/score": masked_mean(rollout.scores, everyone),
+        "rollout/response_length": masked_mean(lengths, everyone), "rollout/eos_rate": masked_mean(stopped.float(), everyone),
+        "time/score": time.perf_counter() - clock - metrics["time/rollout"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update.
+
+
+def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
+    """The loss of a micro-batch, a sum over its tokens, and what to log of each token."""
+    reference = models.reference if c.use_kl_loss and c.kl_kind == "full" else None
+    logprobs, entropy, values, kl = forward(models.actor.model, part, c.temperature, reference)
+    low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
+    high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
+    loss, ratio, clipped, bounded = clipped_policy_loss(
+        logprobs, part.old_logprobs, part.advantages, low, high, c.clip_ratio_c)
+    logged = {"policy/loss": loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
+              "policy/approx_kl": estimate_kl(part.old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
+    loss = loss - c.entropy_coeff * entropy
+    if c.use_kl_loss:
+        loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
+    if values is not None:  # the critic is shared: one joint loss
+        value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+        loss = loss + c.vf_coef * value_loss
+        logged |= {"value/loss": value_loss, "value/clipfrac": value_clipped}
+    return (loss * weights).sum(), logged
+
+
+def critic_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
+    """The same for the separate critic, which no KL concerns."""
+    values = forward(models.critic.model, part, c.temperature)[2]
+    loss, clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+    return (loss * weights).sum(), {"value/loss": loss, "value/clipfrac": clipped}
+
+
+def train_mini_batch(
+    role: str, models: Models, rollout: Rollout, batch: list[int], lr_factor: float, kl_coef: float, c: Config
+) -> dict:
+    """One optimizer step on the summed gradients of the micro-batches; none if approx_kl passes early_stop_kl.
+
+    Returns the sums over tokens of what the loss logs (weighted for `.../loss`), and tokens, stopped, grad_norm.
+    """
+    learner, loss_of = (models.actor, actor_loss) if role == "actor" else (models.critic, critic_loss)
+    weights, sums = torch.zeros_like(rollout.mask), defaultdict(float)
+    weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
+    for rows, part in micro_batches(batch, rollout, c):
+        width = part.mask.shape[1]
+        loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
+        learner.backward(loss)
+        if role == "actor":
+            rollout.ratio[rows, :width], rollout.clipped[rows, :width] = logged.pop("ratio"), logged["policy/clipfrac"]
+        for name, x in logged.items():
+            sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
+    sums["tokens"] = rollout.mask[batch].sum()
+    result = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
+    stop_kl = math.inf if c.early_stop_kl is None else c.early_stop_kl
+    result["stopped"] = result.get("policy/approx_kl", 0.0) > stop_kl * result["tokens"]
+    if result["stopped"]:
+        learner.drop_gradient()
+    return result | {"grad_norm": math.nan if result["stopped"] else learner.step(lr_factor)}
+
+
+def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
+    """The epochs of the "actor" (with the value loss, when the critic is shared) or of the separate "critic": metrics.
+
+    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the critic's
+    epochs end when its loss there stops falling.
+    """
+    clock, actor = time.perf_counter(), role == "actor"
+    learner = models.actor if actor else models.critic
+    epochs = c.ppo_epochs if actor else c.critic_ppo_epochs or c.ppo_epochs
+    size = c.ppo_mini_batch_size if actor else c.critic_ppo_mini_batch_size or c.ppo_mini_batch_size
+    delay = c.critic_warmup if actor else 0  # the actor's schedule starts when it does
+    held_out = [] if actor or not c.critic_early_stop else list(range(0, c.rollout_size, 10))
+    rows = sorted(set(range(c.rollout_size)) - set(held_out))
+    updates, history, losses = epochs * math.ceil(len(rows) / size), [], [math.inf]
+    learner.model.train()  # dropout is 0; transformers checkpoints activations in this mode only
+    for epoch in range(epochs):
+        order = torch.randperm(len(rows), generator=seeded("cpu", c.seed, "shuffle", step, epoch)).tolist()
+        for start in range(0, len(rows), size):
+            progress = step - delay + len(history) / updates
+            lr_factor = learning_rate_factor(progress, updates, total - delay, c.warmup_steps, c.lr_schedule)
+            batch = [rows[i] for i in order[start : start + size]]
+            history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, c))
+            if actor and len(history) == 1:
+                first = 1 + ((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs().max().item()
+            if history[-1]["stopped"]:
+                break
+        if held_out:
+            part = rollout.take(held_out)
+            with torch.no_grad():
+                loss, _ = critic_loss(models, part, loss_weights(part.mask, "token-mean", 1.0), kl_coef, c)
+            losses.append(loss.item())
+        if history[-1]["stopped"] or (held_out and losses[-1] >= losses[-2]):
+            break
+    learner.model.eval()
+    tokens, names = sum(h["tokens"] for h in history), [name for name in history[0] if "/" in name]
+    metrics = {n: sum(h[n] for h in history) / (len(history) if n.endswith("/loss") else tokens) for n in names}
+    metrics |= {"policy/ratio_first": first, "optim/skipped_steps": learner.skipped_steps} if actor else {}
+    prefix = "optim/" if actor else "optim/critic_"
+    return metrics | {f"{prefix}lr": lr_factor * learner.base_lr, f"{prefix}grad_norm": history[0]["grad_norm"],
+                      f"time/update_{role}": time.perf_counter() - clock}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation, logs, checkpoints.
+
+
+def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
+    """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
+    responses, _ = generate(models.actor.model, [e.prompt for e in examples], models.stop_ids, config, generator=None)
+    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    scores = score_responses(reward, examples, texts).double()
+    columns = {"count": torch.ones_like(scores), "eval/score": scores, "square": scores.square()}
+    if config.reward == "gsm8k":
+        flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(texts, examples, strict=True)]
+        columns |= {"eval/accuracy": scores, "eval/accuracy_flexible": torch.tensor(flexible).double()}
+    sums = sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist()
+    metrics = {name: total / sums[0] for name, total in zip(columns, sums, strict=True)}
+    variance = max(0.0, metrics.pop("square") - metrics["eval/score"] ** 2)
+    metrics["eval/standard_error"] = math.sqrt(variance / max(sums[0] - 1, 1))
+    metrics.pop("count")
+    return metrics, make_samples("eval", examples, responses, texts, scores, models, config)
+
+
+def make_samples(
+    split: str, examples: list[Example], responses: list, texts: list, scores: Tensor, models: Models, config: Config
+) -> list[dict]:
+    """The first print_samples responses, as samples.jsonl has them."""
+    few = list(zip(examples, responses, texts, scores.tolist(), strict=True))[: config.print_samples]
+    ends = ["stop" if ids[-1] in models.stop_ids else "length" for _, ids, _, _ in few]
+    return [{"split": split, "prompt": e.text, "response": text, "score": score, "stop_reason": end,
+             "truncated": end == "length", "token": models.tokenizer.convert_ids_to_tokens(ids)}
+            for (e, ids, text, score), end in zip(few, ends, strict=True)]
+
+
+def token_columns(r: Rollout, i: int) -> dict:
+    """One number per token of response i: what the sampler, the reference, the critic and the update made of it."""
+    columns = {"logprob": r.old_logprobs, "ref_logprob": r.ref_logprobs, "kl": r.kl, "reward": r.rewards,
+               "value": r.old_values, "advantage": r.advantages, "return": r.returns, "ratio": r.ratio,
+               "clipped": r.clipped}
+    return {k: None if x is None else x[i, : len(r.responses[i])].tolist() for k, x in columns.items()}
+
+
+METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible reward/score reward/kl
+    reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower policy/approx_kl policy/entropy
+    policy/ratio_first value/loss value/clipfrac value/explained_variance rollout/response_length rollout/eos_rate
+    rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm optim/critic_grad_norm optim/skipped_steps
+    time/rollout time/score time/update_actor time/update_critic time/tokens_per_second""".split()
+
+
+def check_health(metrics: dict, step: int, said: set[str]) -> None:
+    """Says once, with its likely cause, what the numbers of a step show to be wrong."""
+    m = defaultdict(lambda: math.nan, metrics)  # comparisons with NaN are false: what is not measured is not wrong
+    tolerance = 2e-2 if "rollout/logprob_gap" in metrics else 1e-5
+    for wrong, sentence in (
+        (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
+        (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
+        (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
+        (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
+        (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
+        (m["policy/clipfrac"] > 0.3, "over 30 % of the tokens are clipped: lower lr or ppo_epochs"),
+        (step >= 20 and m["value/explained_variance"] < 0, "the critic is worse than a constant: raise critic_lr"),
+    ):
+        if wrong and sentence not in said:
+            said.add(sentence)
+            warn(f"step {step + 1}: {sentence}")
+
+
+def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
+    """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
+    metrics = {name: float(x) for name, x in metrics.items()}
+    with open(run_dir / "training_metrics.csv", "a", newline="") as file:
+        csv.writer(file).writerow([step, *(metrics.get(name, "") for name in METRICS[1:])])
+    with open(run_dir / "samples.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+    if tracker:
+        tracker.log(metrics, step=step)
+    shown = ("eval/score", "reward/score", "reward/kl", "policy/entropy", "policy/clipfrac", "value/explained_variance",
+             "rollout/response_length", "time/tokens_per_second")
+    numbers = (f"{name.split('/')[1]} {metrics[name]:.4g}" for name in shown if name in metrics)
+    tqdm.write(f"step {step}: " + ", ".join(numbers))  # above the progress bar on a terminal, a plain line elsewhere
+
+
+def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
+    """summary.json and training_curves.png, made from training_metrics.csv. Returns the rows with an evaluation."""
+    import matplotlib.figure
+    import pandas
+
+    table = pandas.read_csv(run_dir / "training_metrics.csv")
+    evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
+    command = ["python", *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
+               "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
+               "resume_command": shlex.join(command), "config": dataclasses.asdict(config)}
+    (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
+    os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
+    figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
+    panels = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
+                value/explained_variance rollout/response_length""".split()
+    for axis, name in zip(figure.subplots(3, 3).flat, panels, strict=True):
+        points = table[["step", name]].dropna()
+        axis.plot(points["step"], points[name])
+        axis.set(title=name, xlabel="step")
+    figure.savefig(run_dir / "training_curves.png", dpi=80)
+    return evaluations
+
+
+def open_run(config: Config) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
+    name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir, link = Path(config.output_dir or Path("output", name)), Path("output", "ppo_metrics")
+    found = sorted(run_dir.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]))
+    start = found[-1] if found and config.resume != "never" else None
+    if config.resume not in ("auto", "never", "must"):
+        start = Path(config.resume)
+    if (start and not (start / "state.json").is_file()) or (config.resume == "must" and not start):
+        raise UsageError(f"resume {config.resume}: no checkpoint in {start or run_dir}")
+    if not start and run_dir.exists() and any(run_dir.iterdir()):
+        raise UsageError(f"{run_dir} is not empty and holds no checkpoint to resume: choose another output_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "training_metrics.csv").exists():
+        (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
+    if not config.output_dir and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+    return run_dir, start
+
+
+def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
+    """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
+    folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    models.actor.save(temporary / "actor.safetensors")
+    if models.critic:
+        models.critic.save(temporary / "critic.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
+    os.replace(temporary, folder)
+    for old in sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[: -config.save_total_limit]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, run_dir: Path, models: Models) -> tuple[int, float]:
+    """Restores the learners and cuts the logs of run_dir back to the checkpoint's step. Returns (step, kl_coef)."""
+    state = json.loads((folder / "state.json").read_text())
+    models.actor.load(folder / "actor.safetensors")
+    if models.critic:
+        models.critic.load(folder / "critic.safetensors")
+    for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
+        lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the CSV's header
+        steps = [int((re.match(r'(?:\{"step": )?(\d+),', line) or [0, 0])[1]) for line in lines]
+        path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
+    return state["step"], state["kl_coef"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main.
+
+
+def prepare(config: Config) -> tuple:
+    """Tokenizer, reward, examples, tracker: what can be wrong is found before a model is loaded. Raises UsageError."""
+    check_config(config)
+    transformers.utils.logging.disable_progress_bar()
+    length = config.max_prompt_length + config.max_response_length
+    try:
+        for name in filter(None, (config.critic_model, config.model)):
+            lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
+            context = getattr(lm_config, "max_position_embeddings", length)
+            if length > context:
+                raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        sentence = str(error).splitlines()[0]
+        hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else sentence
+        raise UsageError(f"model {name}: {hint}") from error
+    reward, (train, evals) = load_reward(config.reward), load_examples(tokenizer, config)
+    try:
+        tracker = None if config.track == "none" else importlib.import_module(config.track)
+    except ImportError as error:
+        raise UsageError(f"track {config.track}: pip install {config.track}") from error
+    return tokenizer, reward, train, evals, tracker
+
+
+def main(config: Config) -> None:
+    tokenizer, reward, train, evals, tracker = prepare(config)
+    torch.use_deterministic_algorithms(config.deterministic)
+    total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
+    run_dir, checkpoint_dir = open_run(config)
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps:"
+          f" {config.train_batch_size} of {len(train)} prompts x {config.rollout_n} responses, {config.ppo_epochs} epochs of mini-batches of"
+          f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+    models = build_models(tokenizer, config)
+    target = config.kl_target if config.kl_ctrl_type == "adaptive" else None
+    kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
+    if checkpoint_dir:
+        start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models)
+    if tracker:
+        tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
+    if evals and not checkpoint_dir:
+        log_metrics(run_dir, 0, *evaluate(models, reward, evals, config), tracker)
+    said: set[str] = set()
+    for step in tqdm(range(start, 0 if config.eval_only else total), disable=not sys.stderr.isatty()):
+        clock = time.perf_counter()
+        batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
+        examples = [train[i] for i in batch for _ in range(config.rollout_n)]
+        rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
+        if models.critic:
+            metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
+        if step >= config.critic_warmup:
+            metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
+        kl_name = "reward/kl" if config.kl_ctrl_unit == "token" else "reward/kl_sequence"
+        kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
+        seconds = time.perf_counter() - clock
+        metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
+        samples = make_samples("train", examples, rollout.responses, rollout.texts, rollout.scores, models, config)
+        samples, last = [x | token_columns(rollout, i) for i, x in enumerate(samples)], step + 1 == total
+        if evals and (last or (step + 1) % config.eval_every == 0):
+            eval_metrics, eval_samples = evaluate(models, reward, evals, config)
+            metrics, samples = metrics | eval_metrics, samples + eval_samples
+        log_metrics(run_dir, step + 1, metrics, samples, tracker)
+        check_health(metrics, step, said)
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
+            save_summary(run_dir, config, "running")
+    if not config.eval_only:
+        models.actor.export(run_dir / "model", tokenizer)
+    evaluations = save_summary(run_dir, config, "finished")
+    for label, row in zip(("before", "after"), evaluations[:1] + evaluations[-1:], strict=False):
+        print(f"{label:>7}:  " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()))
+
+
+if __name__ == "__main__":
+    has_model = any(argument.split("=")[0] == "--model" for argument in sys.argv)
+    try:
+        sys.stdout.reconfigure(line_buffering=True)
+        main(tyro.cli(Config, default=Config() if has_model else DEMO, use_underscores=True))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
