@@ -1,6 +1,6 @@
 """Make the demo folder: a tiny chat model with a fixable bad habit, and grade-school word problems in GSM8K's format.
 
-    python scripts/make_demo.py                  # about 12 minutes on 2 CPU cores, writes assets/demo (under 8 MB)
+    python scripts/make_demo.py                  # 12-15 minutes on 2 CPU cores, writes assets/demo (5 MB)
 
 The folder holds a Qwen2 model of about 1 M parameters with its own byte-level BPE tokenizer and ChatML template, and
 train.jsonl / test.jsonl with {"question": ..., "answer": "...\n#### N"} rows whose answers are right. The model is

@@ -1,0 +1,17 @@
+"""Control reward: the strict GSM8K scores of a batch, dealt out to its responses at random.
+
+    python ppo_llm.py --reward scripts/rewards/permuted.py:reward
+
+The mean, and with it the evaluation, is that of the real score; what a response gets has nothing to do with it.
+A policy that improves under this reward improves for another reason than the reward.
+"""
+
+import random
+
+from ppo_llm import score_gsm8k_strict
+
+
+def reward(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+    scores = [score_gsm8k_strict(response, answer) for response, answer in zip(responses, answers, strict=True)]
+    random.Random(repr(responses)).shuffle(scores)  # the same batch is always dealt the same way
+    return scores
