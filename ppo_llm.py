@@ -206,9 +206,8 @@ class Config:
         return default if self.kl_ctrl_target is None else self.kl_ctrl_target
 
 
-DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", train_batch_size=128, max_response_length=64,
-              ppo_mini_batch_size=32, ppo_epochs=2, lr=1e-4, critic_lr=3e-4, lam=0.95, total_steps=60,
-              weight_decay=0.0)
+DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
+              ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
 
 
 def check_config(c: Config) -> None:
@@ -1101,7 +1100,7 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
         (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
         (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
         (m["policy/clipfrac"] > 0.3, "over 30 % of the tokens are clipped: lower lr or ppo_epochs"),
-        (step >= 20 and m["value/explained_variance"] < 0, "the critic is worse than a constant: raise critic_lr"),
+        (m["value/explained_variance"] < -1 and m["value/loss"] > 0.1, "the critic is far worse than a constant"),
     ):
         if wrong and sentence not in said:
             said.add(sentence)
@@ -1119,7 +1118,7 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
         tracker.log(metrics, step=step)
     shown = ("eval/score", "reward/score", "reward/kl", "policy/entropy", "policy/clipfrac", "value/explained_variance",
              "rollout/response_length", "time/tokens_per_second")
-    numbers = (f"{name.split('/')[1]} {metrics[name]:.4g}" for name in shown if name in metrics)
+    numbers = (f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
     tqdm.write(f"step {step}: " + ", ".join(numbers))  # above the progress bar on a terminal, a plain line elsewhere
 
 

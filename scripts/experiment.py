@@ -70,8 +70,8 @@ def report(name: str, results: Path) -> str:
     """The table (Markdown) of all runs in results, and results/curves.png. Columns: first and last evaluation, KL."""
     figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    lines = ["| run | start | end | gain | minutes | KL per token, mean of the second half | command |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| run | start | end | gain | KL per token, mean of the second half | command |",
+             "|---|---|---|---|---|---|"]
     for path in sorted(results.glob("*.csv")):
         rows, note = list(csv.DictReader(path.open())), json.loads(path.with_suffix(".json").read_text())
         evals = [(int(r["step"]), float(r["eval/score"]), float(r["eval/standard_error"])) for r in rows if r["eval/score"]]
@@ -82,7 +82,7 @@ def report(name: str, results: Path) -> str:
         right.plot([step for step, _ in kl], [x for _, x in kl], style, label=path.stem)
         (_, first, first_se), (_, last, last_se) = evals[0], evals[-1]
         lines.append(f"| {path.stem} | {first:.3f} ± {first_se:.3f} | {last:.3f} ± {last_se:.3f} | {last - first:+.3f}"
-                     f" | {note['minutes']} | {sum(late) / max(len(late), 1):.4f} | `{note['command']}` |")
+                     f" | {sum(late) / max(len(late), 1):.4f} | `{note['command']}` |")
     left.set(title="greedy held-out score", xlabel="step", ylim=(0, 1))
     right.set(title="KL(policy, reference) per token", xlabel="step")
     left.legend()
