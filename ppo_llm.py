@@ -35,6 +35,7 @@ import hashlib
 import importlib
 import json
 import math
+import numbers
 import os
 import re
 import runpy
@@ -43,7 +44,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -216,15 +217,17 @@ def check_config(c: Config) -> None:
                        c.critic_early_stop))
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
     positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
-        total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size temperature
-        micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
-        kl_target"""
+        total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size
+        temperature micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
+        kl_ctrl_target attribution_discount top_p"""
     refused = [((getattr(c, name) or 1) <= 0 or getattr(c, name) == 0, f"{name} must be positive")
                for name in positive.split()]
+    not_negative = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
+        clip_ratio clip_ratio_low clip_ratio_high"""
+    refused += [((getattr(c, name) or 0) < 0, f"{name} must not be negative") for name in not_negative.split()]
+    refused += [(not 0 <= (getattr(c, name) or 0) <= 1, f"{name} must lie between 0 and 1")
+                for name in "reference_mix attribution_discount top_p gamma lam lam_critic".split()]
     refused += [
-        (min(c.kl_ctrl_coef, c.kl_loss_coef, c.top_k) < 0, "kl_ctrl_coef, kl_loss_coef and top_k must not be negative"),
-        (not (0 <= c.reference_mix <= 1 and 0 < c.attribution_discount <= 1 and 0 < c.top_p <= 1),
-         "reference_mix must lie in [0, 1], attribution_discount and top_p in (0, 1]"),
         (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
         (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
         (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward and use_kl_loss: one replaces the other, choose one"),
@@ -287,15 +290,15 @@ def read_rows(source: str, split: str) -> list[dict]:
         else:
             from datasets import load_dataset
 
-            name, config_name, named_split = f"{source}::".split(":")[:3]
+            name, config_name, named_split = f"{source}::".split(":", 2)
             if path.suffix in (".csv", ".parquet"):
                 rows = load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
             else:
                 config_name = config_name or ("main" if name.endswith("gsm8k") else None)
-                rows = load_dataset(name, config_name, split=named_split or split).to_list()
+                rows = load_dataset(name, config_name, split=named_split.rstrip(":") or split).to_list()
     except Exception as error:  # whatever the reader says, the user can only mend the source
-        raise UsageError(f"{where}: {error}") from error
-    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{where}: {error.__cause__ or error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{source}: {'rows must be objects' if rows else 'no rows'}")
     return rows
 
@@ -328,12 +331,18 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     limit, overlong, examples = config.max_prompt_length, 0, []
     for number, row in enumerate(rows, 1):
-        messages, answer = row.get(prompt_column), str(row.get(answer_column) or "")
+        messages, answer = row.get(prompt_column), row.get(answer_column)
+        if isinstance(answer, float):  # a CSV column with gaps: 18 has become 18.0, a gap NaN
+            answer = int(answer) if answer.is_integer() else None if math.isnan(answer) else answer
+        answer = "" if answer is None else str(answer)
+        if "####" in answer or config.reward == "gsm8k":
+            answer = answer.split("####")[-1].strip().replace(",", "")
         if isinstance(messages, str) and messages.strip():
             extra = f" {GSM8K_INSTRUCTION}" if prompt_column == "question" else ""
             extra += f"\n{row['input']}" if prompt_column == "instruction" and row.get("input") else ""
             messages = [{"role": "user", "content": messages + extra}]
-        if not isinstance(messages, list) or not messages or not all(m.get("content") for m in messages):
+        texts = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        if not texts or len(texts) < len(messages) or not all(texts):
             raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
         ids = render_prompt(system + messages, tokenizer)
         if len(ids) > limit:
@@ -342,8 +351,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
                 raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
             if training and config.overlong_prompt == "drop":
                 continue
-        answer = answer.split("####")[-1].strip().replace(",", "") if "####" in answer else answer
-        examples.append(Example(messages[-1]["content"], answer, ids[-limit:]))
+        examples.append(Example(texts[-1], answer, ids[-limit:]))
     if overlong:
         done = "dropped" if len(examples) < len(rows) else "truncated on the left"
         warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
@@ -357,6 +365,8 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     train = make_examples(read_rows(config.dataset, "train"), tokenizer, config, config.dataset, training=True)
     if len(train) < config.train_batch_size:
         raise UsageError(f"{config.dataset}: {len(train)} prompts, train_batch_size is {config.train_batch_size}")
+    if eval_source is None and config.eval_only:
+        raise UsageError("eval_only needs an eval_dataset")
     if eval_source is None or not (config.eval_every or config.eval_only):
         return train, []
     rows = read_rows(eval_source, "test")[: config.eval_size]
@@ -401,13 +411,14 @@ def load_reward(spec: str) -> Callable[[list[str], list[str], list[str]], list[f
 
 def score_responses(reward: Callable, examples: list[Example], texts: list[str]) -> Tensor:
     """Scores [B]. Raises UsageError naming the row for which the reward returned no finite number."""
-    scores = list(reward([e.text for e in examples], texts, [e.answer for e in examples]))
+    scores = reward([e.text for e in examples], texts, [e.answer for e in examples])
+    scores = list(scores) if isinstance(scores, Iterable) else [scores]
     if len(scores) != len(texts):
-        raise UsageError(f"the reward returned {len(scores)} scores for {len(texts)} responses")
+        raise UsageError(f"the reward returned {len(scores)} scores for {len(texts)} responses: {str(scores):.60}")
     for row, score in enumerate(scores):
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
             raise UsageError(f"the reward returned {score!r} for row {row}, response {texts[row][:80]!r}")
-    return torch.tensor(scores, dtype=torch.float32)
+    return torch.tensor([float(score) for score in scores])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -435,14 +446,17 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """fp32 logits [..., num_tokens] of the policy that samples."""
-        return self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float() / temperature
+        config = self.lm.config.get_text_config()
+        logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        return (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
 
-    def values(self, hidden: Tensor) -> Tensor:
-        """V [B, S] from the last hidden state, or from the mean of all so far."""
-        hidden = hidden.float()
-        if self.pooling == "mean":
-            hidden = hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
-        return self.value_head(hidden).squeeze(-1)
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """What the value head reads [B, S, H]: the hidden state, or the mean of all so far."""
+        if self.pooling == "last":
+            return hidden.float()
+        return hidden.float().cumsum(1) / torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
 
 
 class Learner:
@@ -696,7 +710,7 @@ def clipped_value_loss(
     """
     loss, is_clipped = (values - returns).square(), torch.zeros_like(values)
     if cliprange is not None:
-        clipped = (old_values + (values - old_values).clamp(-cliprange, cliprange) - returns).square()
+        clipped = (values.clamp(old_values - cliprange, old_values + cliprange) - returns).square()
         loss, is_clipped = torch.maximum(loss, clipped), (clipped > loss).float()
     return 0.5 * loss, is_clipped
 
@@ -716,7 +730,9 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant; NaN where all returns agree."""
     error = returns - values
     error_variance = masked_mean((error - masked_mean(error, mask)).square(), mask)
-    return 1 - error_variance / masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    rounding = 1e-10 * masked_mean(returns.square(), mask)  # a mean of equal numbers is not always that number
+    return torch.where(variance > rounding, 1 - error_variance / variance, torch.nan)
 
 
 def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int, schedule: str) -> float:
@@ -747,7 +763,9 @@ class Rollout:
     returns: Tensor | None = None
     ratio: Tensor | None = None  # new/old at the token's last visit in the update
     clipped: Tensor | None = None  # 1 where it was clipped there
-    scores: Tensor | None = None  # [B]: what the reward gave each response
+    stopped: Tensor | None = None  # [B] True where the response ends with a stop token
+    scores: Tensor | None = None  # [B] what the reward gave
+    examples: list[Example] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)  # the responses, decoded
 
     def take(self, rows: list[int]) -> "Rollout":
@@ -833,7 +851,9 @@ def forward(model: LanguageModel, part: Rollout, temperature: float, reference: 
     row, step = part.mask.nonzero(as_tuple=True)
     column = torch.tensor([len(p) - 1 for p in part.prompts], device=row.device)[row] + step  # where it is chosen
     hidden = model.hidden(**inputs)
-    values = None if model.value_head is None else to_tokens(model.values(hidden)[row, column], part.mask)
+    values = None
+    if model.value_head is not None:
+        values = to_tokens(model.value_head(model.pooled(hidden)[row, column]).squeeze(-1), part.mask)
     if model.lm.get_output_embeddings() is None:  # a critic has no token head
         return [None, None, values, None]
     with torch.no_grad():
@@ -902,32 +922,39 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
         rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
 
 
+def respond(models: Models, examples: list[Example], config: Config, generator: torch.Generator | None) -> Rollout:
+    """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
+    policy, prompts = models.actor.model, [e.prompt for e in examples]
+    responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
+    mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
+    stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
+    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    logprobs = pad_sequence(logprobs, batch_first=True)
+    return Rollout(prompts, responses, mask, logprobs, stopped=stopped, examples=examples, texts=texts)
+
+
 @torch.no_grad()
 def collect_rollout(
     models: Models, reward: Callable, examples: list[Example], step: int, kl_coef: float, config: Config
 ) -> tuple[Rollout, dict]:
     """Samples and scores responses, and turns the scores into advantages. Returns the rollout and its metrics."""
-    clock, policy, prompts = time.perf_counter(), models.actor.model, [e.prompt for e in examples]
-    noise = seeded(policy.lm.device, config.seed, "sampling", step)
-    responses, sampled = generate(policy, prompts, models.stop_ids, config, noise)
-    mask = pad_sequence([torch.ones_like(x) for x in sampled], batch_first=True)
-    sampled = pad_sequence(sampled, batch_first=True)
-    rollout = Rollout(prompts, responses, mask, sampled, kl=mask * 0, ratio=mask.clone(), clipped=mask * 0)
+    clock, policy = time.perf_counter(), models.actor.model
+    rollout = respond(models, examples, config, seeded(policy.lm.device, config.seed, "sampling", step))
     metrics = {"time/rollout": time.perf_counter() - clock}
+    mask, sampled = rollout.mask, rollout.old_logprobs
+    lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
+    rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
+    rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
     if policy.lm.dtype != torch.float32:  # bf16 rounds by batch shape: take the update's kind of pass
         rollout.old_logprobs = score_tokens(lambda p: forward(policy, p, config.temperature)[0], rollout, config)
         metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
-    lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
     if config.kl_coef:
         measure_kl(models, rollout, config)
         metrics |= {"reward/kl": masked_mean(rollout.kl.sum(1) / lengths, everyone), "reward/kl_coef": kl_coef,
                     "reward/kl_sequence": masked_mean(rollout.kl.sum(1), everyone)}
-    stopped = torch.tensor([r[-1] in models.stop_ids for r in responses], device=mask.device)
-    rollout.texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
     discount = {"terminal": 0.0, "uniform": 1.0, "discounted": config.attribution_discount}[config.reward_attribution]
-    rollout.rewards = compute_rewards(shape_scores(rollout.scores, lengths, stopped, config), rollout.kl, mask,
-                                      kl_coef if config.kl_in_reward else 0.0, discount)
+    scores = shape_scores(rollout.scores, lengths, rollout.stopped, config)
+    rollout.rewards = compute_rewards(scores, rollout.kl, mask, kl_coef if config.kl_in_reward else 0.0, discount)
     if config.whiten_rewards:
         rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
     if config.uses_critic:
@@ -938,7 +965,8 @@ def collect_rollout(
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
     return rollout, metrics | {
         "reward/score": masked_mean(rollout.scores, everyone),
-        "rollout/response_length": masked_mean(lengths, everyone), "rollout/eos_rate": masked_mean(stopped.float(), everyone),
+        "rollout/response_length": masked_mean(lengths, everyone),
+        "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
         "time/score": time.perf_counter() - clock - metrics["time/rollout"]}
 
 
@@ -1003,8 +1031,8 @@ def train_mini_batch(
 def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
     """The epochs of the "actor" (with the value loss, when the critic is shared) or of the separate "critic": metrics.
 
-    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the critic's
-    epochs end when its loss there stops falling.
+    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the epochs
+    of the critic end when its loss there stops falling.
     """
     clock, actor = time.perf_counter(), role == "actor"
     learner = models.actor if actor else models.critic
@@ -1048,38 +1076,33 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
 
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
-    responses, _ = generate(models.actor.model, [e.prompt for e in examples], models.stop_ids, config, generator=None)
-    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    scores = score_responses(reward, examples, texts).double()
+    rollout = respond(models, examples, config, generator=None)
+    rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
     columns = {"count": torch.ones_like(scores), "eval/score": scores, "square": scores.square()}
     if config.reward == "gsm8k":
-        flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(texts, examples, strict=True)]
+        flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
         columns |= {"eval/accuracy": scores, "eval/accuracy_flexible": torch.tensor(flexible).double()}
-    sums = sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist()
-    metrics = {name: total / sums[0] for name, total in zip(columns, sums, strict=True)}
-    variance = max(0.0, metrics.pop("square") - metrics["eval/score"] ** 2)
-    metrics["eval/standard_error"] = math.sqrt(variance / max(sums[0] - 1, 1))
-    metrics.pop("count")
-    return metrics, make_samples("eval", examples, responses, texts, scores, models, config)
+    sums = dict(zip(columns, sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist(), strict=True))
+    count, square = sums.pop("count"), sums.pop("square")
+    metrics = {name: total / count for name, total in sums.items()}
+    variance = max(0.0, square / count - metrics["eval/score"] ** 2)
+    metrics["eval/standard_error"] = math.sqrt(variance / max(count - 1, 1))
+    return metrics, describe(rollout, "eval", models, config)
 
 
-def make_samples(
-    split: str, examples: list[Example], responses: list, texts: list, scores: Tensor, models: Models, config: Config
-) -> list[dict]:
-    """The first print_samples responses, as samples.jsonl has them."""
-    few = list(zip(examples, responses, texts, scores.tolist(), strict=True))[: config.print_samples]
-    ends = ["stop" if ids[-1] in models.stop_ids else "length" for _, ids, _, _ in few]
-    return [{"split": split, "prompt": e.text, "response": text, "score": score, "stop_reason": end,
-             "truncated": end == "length", "token": models.tokenizer.convert_ids_to_tokens(ids)}
-            for (e, ids, text, score), end in zip(few, ends, strict=True)]
-
-
-def token_columns(r: Rollout, i: int) -> dict:
-    """One number per token of response i: what the sampler, the reference, the critic and the update made of it."""
+def describe(rollout: Rollout, split: str, models: Models, config: Config) -> list[dict]:
+    """The first print_samples responses, as samples.jsonl has them, with a number per token for whatever is known of it."""
+    r, samples = rollout, []
     columns = {"logprob": r.old_logprobs, "ref_logprob": r.ref_logprobs, "kl": r.kl, "reward": r.rewards,
                "value": r.old_values, "advantage": r.advantages, "return": r.returns, "ratio": r.ratio,
                "clipped": r.clipped}
-    return {k: None if x is None else x[i, : len(r.responses[i])].tolist() for k, x in columns.items()}
+    for i in range(min(config.print_samples, len(r.responses))):
+        per_token = {k: None if x is None else x[i, : len(r.responses[i])].tolist() for k, x in columns.items()}
+        samples.append({
+            "split": split, "prompt": r.examples[i].text, "response": r.texts[i], "score": r.scores[i].item(),
+            "stop_reason": "stop" if r.stopped[i] else "length", "truncated": not r.stopped[i].item(),
+            "token": models.tokenizer.convert_ids_to_tokens(r.responses[i]), **per_token})
+    return samples
 
 
 METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible reward/score reward/kl
@@ -1111,7 +1134,7 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     metrics = {name: float(x) for name, x in metrics.items()}
     with open(run_dir / "training_metrics.csv", "a", newline="") as file:
-        csv.writer(file).writerow([step, *(metrics.get(name, "") for name in METRICS[1:])])
+        csv.writer(file, lineterminator="\n").writerow([step, *(metrics.get(name, "") for name in METRICS[1:])])
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
@@ -1177,6 +1200,7 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
+    shutil.rmtree(folder, ignore_errors=True)  # there when the run was resumed from an older one
     os.replace(temporary, folder)
     for old in sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[: -config.save_total_limit]:
         shutil.rmtree(old)
@@ -1202,6 +1226,7 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models) -> tuple[int, f
 def prepare(config: Config) -> tuple:
     """Tokenizer, reward, examples, tracker: what can be wrong is found before a model is loaded. Raises UsageError."""
     check_config(config)
+    transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
     transformers.utils.logging.disable_progress_bar()
     length = config.max_prompt_length + config.max_response_length
     try:
@@ -1227,9 +1252,11 @@ def main(config: Config) -> None:
     tokenizer, reward, train, evals, tracker = prepare(config)
     torch.use_deterministic_algorithms(config.deterministic)
     total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
+    if config.critic_warmup >= total:
+        raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     run_dir, checkpoint_dir = open_run(config)
-    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps:"
-          f" {config.train_batch_size} of {len(train)} prompts x {config.rollout_n} responses, {config.ppo_epochs} epochs of mini-batches of"
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps of {config.rollout_size}"
+          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches of"
           f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     target = config.kl_target if config.kl_ctrl_type == "adaptive" else None
@@ -1238,8 +1265,8 @@ def main(config: Config) -> None:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models)
     if tracker:
         tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
-    if evals and not checkpoint_dir:
-        log_metrics(run_dir, 0, *evaluate(models, reward, evals, config), tracker)
+    if evals and (config.eval_only or not checkpoint_dir):
+        log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=not sys.stderr.isatty()):
         clock = time.perf_counter()
@@ -1254,8 +1281,7 @@ def main(config: Config) -> None:
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
         seconds = time.perf_counter() - clock
         metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
-        samples = make_samples("train", examples, rollout.responses, rollout.texts, rollout.scores, models, config)
-        samples, last = [x | token_columns(rollout, i) for i, x in enumerate(samples)], step + 1 == total
+        samples, last = describe(rollout, "train", models, config), step + 1 == total
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
             metrics, samples = metrics | eval_metrics, samples + eval_samples
