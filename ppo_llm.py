@@ -64,6 +64,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
+STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
@@ -76,8 +77,7 @@ class UsageError(Exception):
     """What the user can mend: shown as one sentence, exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config. The defaults are the published GSM8K run (verl, Qwen2.5-0.5B-Instruct); DEMO is what runs without --model.
+# ---- Config. Defaults: the published GSM8K run (verl, Qwen2.5-0.5B-Instruct). DEMO runs without --model --------------
 
 
 @dataclass
@@ -265,8 +265,7 @@ def seeded(device: torch.device | str, *parts) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and rewards.
+# ---- Data and rewards -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -290,12 +289,12 @@ def read_rows(source: str, split: str) -> list[dict]:
         else:
             from datasets import load_dataset
 
-            name, config_name, named_split = f"{source}::".split(":", 2)
+            name, part, named_split = f"{source}::".split(":", 2)
             if path.suffix in (".csv", ".parquet"):
                 rows = load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
             else:
-                config_name = config_name or ("main" if name.endswith("gsm8k") else None)
-                rows = load_dataset(name, config_name, split=named_split.rstrip(":") or split).to_list()
+                part = part or ("main" if name.endswith("gsm8k") else None)
+                rows = load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
     except Exception as error:  # whatever the reader says, the user can only mend the source
         raise UsageError(f"{where}: {error.__cause__ or error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -421,8 +420,7 @@ def score_responses(reward: Callable, examples: list[Example], texts: list[str])
     return torch.tensor([float(score) for score in scores])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models.
+# ---- Models ---------------------------------------------------------------------------------------------------------
 
 
 class LanguageModel(nn.Module):
@@ -448,8 +446,8 @@ class LanguageModel(nn.Module):
         """fp32 logits [..., num_tokens] of the policy that samples."""
         config = self.lm.config.get_text_config()
         logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales are Cohere's and Granite's
         return (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
 
     def pooled(self, hidden: Tensor) -> Tensor:
@@ -565,8 +563,7 @@ def build_models(tokenizer, config: Config) -> Models:
     return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument.
+# ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -743,8 +740,7 @@ def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int
     return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rollout.
+# ---- Rollout --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -910,7 +906,7 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
     """Fills in ref_logprobs and kl, for the estimator in use."""
     policy, reference, temperature = models.actor.model, models.reference, config.temperature
     rollout.ref_logprobs = rollout.old_logprobs  # reference previous
-    if reference:
+    if reference is not None:
         rollout.ref_logprobs = score_tokens(lambda p: forward(reference, p, temperature)[0], rollout, config)
     if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
         w = torch.tensor(config.reference_mix, device=rollout.mask.device)
@@ -963,15 +959,13 @@ def collect_rollout(
     rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
-    return rollout, metrics | {
-        "reward/score": masked_mean(rollout.scores, everyone),
-        "rollout/response_length": masked_mean(lengths, everyone),
-        "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
-        "time/score": time.perf_counter() - clock - metrics["time/rollout"]}
+    metrics |= {"reward/score": masked_mean(rollout.scores, everyone),
+                "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
+                "rollout/response_length": masked_mean(lengths, everyone)}
+    return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Update.
+# ---- Update ---------------------------------------------------------------------------------------------------------
 
 
 def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
@@ -1064,45 +1058,42 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
     learner.model.eval()
     tokens, names = sum(h["tokens"] for h in history), [name for name in history[0] if "/" in name]
     metrics = {n: sum(h[n] for h in history) / (len(history) if n.endswith("/loss") else tokens) for n in names}
-    metrics |= {"policy/ratio_first": first, "optim/skipped_steps": learner.skipped_steps} if actor else {}
+    metrics |= {"policy/ratio_first": first} if actor else {}
+    metrics["optim/skipped_steps"] = sum(x.skipped_steps for x in (models.actor, models.critic) if x)
     prefix = "optim/" if actor else "optim/critic_"
     return metrics | {f"{prefix}lr": lr_factor * learner.base_lr, f"{prefix}grad_norm": history[0]["grad_norm"],
                       f"time/update_{role}": time.perf_counter() - clock}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation, logs, checkpoints.
+# ---- Evaluation, logs, checkpoints ----------------------------------------------------------------------------------
 
 
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
     rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
-    columns = {"count": torch.ones_like(scores), "eval/score": scores, "square": scores.square()}
+    columns = {"count": torch.ones_like(scores), "square": scores.square(), "eval/score": scores}
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
         columns |= {"eval/accuracy": scores, "eval/accuracy_flexible": torch.tensor(flexible).double()}
-    sums = dict(zip(columns, sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist(), strict=True))
-    count, square = sums.pop("count"), sums.pop("square")
-    metrics = {name: total / count for name, total in sums.items()}
-    variance = max(0.0, square / count - metrics["eval/score"] ** 2)
-    metrics["eval/standard_error"] = math.sqrt(variance / max(count - 1, 1))
+    sums = sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist()
+    square, *means = (x / sums[0] for x in sums[1:])
+    metrics = dict(zip(list(columns)[2:], means, strict=True))
+    metrics["eval/standard_error"] = math.sqrt(max(0.0, square - means[0] ** 2) / max(sums[0] - 1, 1))
     return metrics, describe(rollout, "eval", models, config)
 
 
-def describe(rollout: Rollout, split: str, models: Models, config: Config) -> list[dict]:
-    """The first print_samples responses, as samples.jsonl has them, with a number per token for whatever is known of it."""
-    r, samples = rollout, []
+def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dict]:
+    """The first print_samples responses as samples.jsonl has them, with one number per token for all that is known."""
     columns = {"logprob": r.old_logprobs, "ref_logprob": r.ref_logprobs, "kl": r.kl, "reward": r.rewards,
                "value": r.old_values, "advantage": r.advantages, "return": r.returns, "ratio": r.ratio,
                "clipped": r.clipped}
-    for i in range(min(config.print_samples, len(r.responses))):
-        per_token = {k: None if x is None else x[i, : len(r.responses[i])].tolist() for k, x in columns.items()}
-        samples.append({
-            "split": split, "prompt": r.examples[i].text, "response": r.texts[i], "score": r.scores[i].item(),
-            "stop_reason": "stop" if r.stopped[i] else "length", "truncated": not r.stopped[i].item(),
-            "token": models.tokenizer.convert_ids_to_tokens(r.responses[i]), **per_token})
-    return samples
+    return [{
+        "split": split, "prompt": r.examples[i].text, "response": r.texts[i], "score": r.scores[i].item(),
+        "stop_reason": "stop" if r.stopped[i] else "length", "truncated": not r.stopped[i].item(),
+        "token": models.tokenizer.convert_ids_to_tokens(ids),
+        **{name: None if x is None else x[i, : len(ids)].tolist() for name, x in columns.items()},
+    } for i, ids in enumerate(r.responses[: config.print_samples])]
 
 
 METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible reward/score reward/kl
@@ -1170,12 +1161,15 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     return evaluations
 
 
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))  # the oldest first
+
+
 def open_run(config: Config) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
     name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir, link = Path(config.output_dir or Path("output", name)), Path("output", "ppo_metrics")
-    found = sorted(run_dir.glob("checkpoints/step_*"), key=lambda path: int(path.name[5:]))
-    start = found[-1] if found and config.resume != "never" else None
+    start = (checkpoints(run_dir) or [None])[-1] if config.resume != "never" else None
     if config.resume not in ("auto", "never", "must"):
         start = Path(config.resume)
     if (start and not (start / "state.json").is_file()) or (config.resume == "must" and not start):
@@ -1199,16 +1193,20 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, "kl_coef": kl_coef}))
+    state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
+    (temporary / "state.json").write_text(json.dumps(state))
     shutil.rmtree(folder, ignore_errors=True)  # there when the run was resumed from an older one
     os.replace(temporary, folder)
-    for old in sorted(folder.parent.glob("step_*"), key=lambda path: int(path.name[5:]))[: -config.save_total_limit]:
+    for old in checkpoints(run_dir)[: -config.save_total_limit]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, run_dir: Path, models: Models) -> tuple[int, float]:
+def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config) -> tuple[int, float]:
     """Restores the learners and cuts the logs of run_dir back to the checkpoint's step. Returns (step, kl_coef)."""
     state = json.loads((folder / "state.json").read_text())
+    for key in STRUCTURE:
+        if state[key] != getattr(config, key):
+            raise UsageError(f"{folder} was made with {key} {state[key]}, not {getattr(config, key)}")
     models.actor.load(folder / "actor.safetensors")
     if models.critic:
         models.critic.load(folder / "critic.safetensors")
@@ -1219,12 +1217,11 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models) -> tuple[int, f
     return state["step"], state["kl_coef"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Main.
+# ---- Main -----------------------------------------------------------------------------------------------------------
 
 
 def prepare(config: Config) -> tuple:
-    """Tokenizer, reward, examples, tracker: what can be wrong is found before a model is loaded. Raises UsageError."""
+    """Tokenizer, reward and examples: what can be wrong is found before a model is loaded. Raises UsageError."""
     check_config(config)
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
     transformers.utils.logging.disable_progress_bar()
@@ -1237,9 +1234,8 @@ def prepare(config: Config) -> tuple:
                 raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        sentence = str(error).splitlines()[0]
-        hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else sentence
-        raise UsageError(f"model {name}: {hint}") from error
+        hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
+        raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
     reward, (train, evals) = load_reward(config.reward), load_examples(tokenizer, config)
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
@@ -1256,13 +1252,13 @@ def main(config: Config) -> None:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     run_dir, checkpoint_dir = open_run(config)
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps of {config.rollout_size}"
-          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches of"
-          f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
+          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     target = config.kl_target if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
-        start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models)
+        start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
     if tracker:
         tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
@@ -1298,10 +1294,10 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    has_model = any(argument.split("=")[0] == "--model" for argument in sys.argv)
+    sys.stdout.reconfigure(line_buffering=True)
+    defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
     try:
-        sys.stdout.reconfigure(line_buffering=True)
-        main(tyro.cli(Config, default=Config() if has_model else DEMO, use_underscores=True))
+        main(tyro.cli(Config, default=defaults, use_underscores=True))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -35,7 +35,8 @@ class Config:
 def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
-    adaptive = ["--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=1000", "--kl_ctrl_coef=0.05", "--eval_every=20"]
+    small = ["--lr=1e-4", "--train_batch_size=64", "--ppo_mini_batch_size=16", "--eval_every=20"]
+    adaptive = ["--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=300", "--kl_ctrl_coef=0.3", "--eval_every=30"]
     return {
         "demo": {
             **{f"seed{seed}": [f"--seed={seed}"] for seed in range(1, 6)},
@@ -43,12 +44,12 @@ def experiments(config: Config) -> dict[str, list[str]]:
             "control_lr0": ["--lr=0", "--critic_lr=0"],
         },
         "kl": {
-            "fixed": ["--kl_ctrl_coef=0.05", "--eval_every=20"],
-            "target_0.01": [*adaptive, "--kl_ctrl_target=0.01"],
-            "target_0.03": [*adaptive, "--kl_ctrl_target=0.03"],
+            "fixed": ["--kl_ctrl_coef=0.3", "--eval_every=30"],
+            "target_0.005": [*adaptive, "--kl_ctrl_target=0.005"],
+            "target_0.012": [*adaptive, "--kl_ctrl_target=0.012"],
         },
-        "format": {"format": [*real, "--reward=scripts/rewards/format.py:reward"]},
-        "gsm8k": {"gsm8k": [*real, "--total_steps=20"]},
+        "format": {"format": [*real, "--reward=scripts/rewards/format.py:reward", *small]},
+        "gsm8k": {"gsm8k": [*real, "--total_steps=10"]},
     }[config.name]
 
 
@@ -62,7 +63,8 @@ def run(name: str, flags: list[str], config: Config, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.csv").write_text((folder / "training_metrics.csv").read_text())
     versions = json.loads((folder / "summary.json").read_text())["versions"]
-    note = {"command": "python ppo_llm.py " + " ".join(flags), "minutes": round(minutes, 2), "versions": versions}
+    shown = " ".join(["python ppo_llm.py", *flags]).replace(str(config.gsm8k_dir), "$GSM8K_DIR")
+    note = {"command": shown, "minutes": round(minutes, 2), "versions": versions}
     (results / f"{name}.json").write_text(json.dumps(note, indent=2) + "\n")
 
 
@@ -74,7 +76,8 @@ def report(name: str, results: Path) -> str:
              "|---|---|---|---|---|---|"]
     for path in sorted(results.glob("*.csv")):
         rows, note = list(csv.DictReader(path.open())), json.loads(path.with_suffix(".json").read_text())
-        evals = [(int(r["step"]), float(r["eval/score"]), float(r["eval/standard_error"])) for r in rows if r["eval/score"]]
+        evals = [(int(r["step"]), *(float(r[k]) for k in ("eval/score", "eval/standard_error"))) for r in rows
+                 if r["eval/score"]]
         kl = [(int(r["step"]), float(r["reward/kl"])) for r in rows if r["reward/kl"]]
         late = [x for step, x in kl if step > len(kl) / 2]
         style = "--" if path.stem.startswith("control") else "-"

@@ -1,0 +1,143 @@
+"""The literal command of the README against a Hub cache made here, and the script alone in an empty folder."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+from conftest import make_lm, read_log
+
+import ppo_llm
+
+SCRIPT = Path(ppo_llm.__file__)
+QWEN = "Qwen/Qwen2.5-0.5B-Instruct"
+TEMPLATE = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if not (message.role == 'system' and loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+PROMPT = """<|im_start|>system
+You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>
+<|im_start|>user
+Ann has 0 apples and gets 3. How many now? Let's think step by step and output the final answer after "####".<|im_end|>
+<|im_start|>assistant
+"""
+GENERATION = {"repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True,
+              "eos_token_id": [258, 256], "pad_token_id": 256, "bos_token_id": 256}
+DATASETS = """
+class Rows(list):
+    def to_list(self):
+        return list(self)
+
+def load_dataset(path, name=None, split=None):
+    if path != "openai/gsm8k" or name != "main":
+        raise ValueError(f"Config name is missing. Please pick one among the available configs: {path} {name}")
+    count = {"train": 260, "test": 6}[split]
+    return Rows({"question": f"Ann has {i} apples and gets 3. How many now?", "answer": f"{i}+3={i + 3}\\n#### {i + 3}"}
+                for i in range(count))
+"""
+
+
+def save_qwen(folder: Path) -> None:
+    """Qwen2.5's conventions at a thousandth of its size: byte-level, tied, more embedding rows than tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+    lm = make_lm(vocab_size=320, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=258,
+                 pad_token_id=None, initializer_range=0.02)
+    lm.generation_config = transformers.GenerationConfig(**GENERATION)
+    lm.save_pretrained(folder)
+
+
+def run(arguments: list, cwd: Path, **environment) -> subprocess.CompletedProcess:
+    kept = {name: x for name, x in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))}
+    environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
+                          text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def qwen_run(tmp_path_factory):
+    """`python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct`, cut to two steps: (output, folder of the run)."""
+    tmp = tmp_path_factory.mktemp("hub")
+    cache, revision = tmp / "home" / "hub" / f"models--{QWEN.replace('/', '--')}", "0123456789" * 4
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text(revision)
+    save_qwen(cache / "snapshots" / revision)
+    (tmp / "packages" / "datasets").mkdir(parents=True)
+    (tmp / "packages" / "datasets" / "__init__.py").write_text(DATASETS)
+    done = run([SCRIPT, "--model", QWEN, "--total_steps", 2, "--max_response_length", 8, "--eval_size", 4,
+                "--device", "cpu"], tmp, HF_HOME=str(tmp / "home"), PYTHONPATH=str(tmp / "packages"))
+    assert done.returncode == 0, done.stderr
+    return done, tmp / "output" / "ppo_metrics"
+
+
+def test_the_literal_qwen_command_makes_its_steps(qwen_run):
+    rows = read_log(qwen_run[1])
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all("eval/accuracy" in rows[i] for i in (0, 2)) and rows[2]["policy/ratio_first"] < 1 + 1e-5
+    assert qwen_run[1].resolve().name.startswith("ppo_llm-gsm8k-seed1-")
+
+
+def test_the_literal_qwen_command_renders_the_published_prompt(qwen_run):
+    lines = [line for line in qwen_run[0].stdout.splitlines() if line.startswith("first prompt: ")]
+    assert [ast.literal_eval(line.removeprefix("first prompt: ")) for line in lines] == [PROMPT]
+
+
+def test_the_literal_qwen_command_stops_at_both_end_tokens(qwen_run):
+    assert "stop tokens: <|endoftext|> <|im_end|>\n" in qwen_run[0].stdout
+
+
+def test_the_literal_qwen_command_trains_with_the_published_settings(qwen_run):
+    config = json.loads((qwen_run[1] / "summary.json").read_text())["config"]
+    published = {"train_batch_size": 256, "ppo_mini_batch_size": 64, "ppo_epochs": 1, "lr": 1e-6, "critic_lr": 1e-5,
+                 "kl_ctrl_coef": 0.001, "gamma": 1.0, "lam": 1.0, "clip_ratio": 0.2, "entropy_coeff": 0.001,
+                 "dataset": "openai/gsm8k", "reward": "gsm8k", "max_prompt_length": 1024, "temperature": 1.0}
+    assert {name: config[name] for name in published} == published
+    assert "260 prompts" in qwen_run[0].stdout and "4 evaluation rows" in qwen_run[0].stdout
+
+
+def test_the_model_exported_from_qwen_keeps_qwens_generation_config(qwen_run):
+    exported = json.loads((qwen_run[1] / "model" / "generation_config.json").read_text())
+    assert {name: exported.get(name) for name in GENERATION} == GENERATION
+    model = transformers.AutoModelForCausalLM.from_pretrained(qwen_run[1] / "model")
+    assert model.config.tie_word_embeddings and model.get_output_embeddings().weight.shape[0] == 320
+
+
+@pytest.mark.slow
+def test_the_script_alone_in_a_folder_trains_on_a_model_and_a_file(folder, tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    shutil.copy(folder / "prompts.jsonl", tmp_path / "file.jsonl")
+    done = run(["ppo_llm.py", "--model", folder, "--dataset", "file.jsonl", "--total_steps", 2, "--device", "cpu",
+                "--max_prompt_length", 64, "--max_response_length", 8, "--train_batch_size", 8,
+                "--ppo_mini_batch_size", 4], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in read_log(tmp_path / "output" / "ppo_metrics")] == [1, 2]
+
+
+def test_the_script_alone_without_a_model_asks_for_one_in_a_sentence(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    done = run(["ppo_llm.py"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "give --model" in done.stderr
+    assert not (tmp_path / "output").exists()
