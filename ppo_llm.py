@@ -23,9 +23,8 @@ Where this differs from the papers and from other code, on purpose:
 2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, before the first update.
 3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature, never truncated.
 4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl and TRL).
-5. `approx_kl` is the k3 estimate of KL(old, new) and never negative; verl's `ppo_kl` is k1.
-6. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
-7. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
+5. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
+6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
 """
 
 import copy
@@ -64,6 +63,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
+RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
@@ -161,7 +161,7 @@ class Config:
     critic_ppo_epochs: int | None = None  # passes of the critic; None: ppo_epochs
     critic_ppo_mini_batch_size: int | None = None  # responses per step of the critic; None: ppo_mini_batch_size
     ppo_micro_batch_size: int | None = None  # responses per forward and backward; None: no such limit
-    micro_batch_tokens: int = 16384  # tokens with padding per forward and backward; not the result
+    micro_batch_tokens: int = 16384  # tokens, padding included, per pass; changes memory and speed only
     lr: float = 1e-6  # learning rate of the policy
     critic_lr: float = 1e-5  # learning rate of the critic or of the value head
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
@@ -201,11 +201,6 @@ class Config:
         kind = self.kl_loss_type if self.use_kl_loss else self.kl_penalty
         return KL_ALIASES.get(kind, kind)
 
-    @property
-    def kl_target(self) -> float:
-        default = {"token": 0.1, "sequence": 6.0}[self.kl_ctrl_unit]
-        return default if self.kl_ctrl_target is None else self.kl_ctrl_target
-
 
 DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
               ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
@@ -219,12 +214,12 @@ def check_config(c: Config) -> None:
     positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
         total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size
         temperature micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
-        kl_ctrl_target attribution_discount top_p"""
-    refused = [((getattr(c, name) or 1) <= 0 or getattr(c, name) == 0, f"{name} must be positive")
+        kl_ctrl_target attribution_discount top_p cliprange_value length_adaptive_alpha early_stop_kl"""
+    refused = [(getattr(c, name) is not None and not getattr(c, name) > 0, f"{name} must be positive")
                for name in positive.split()]
     not_negative = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
-        clip_ratio clip_ratio_low clip_ratio_high"""
-    refused += [((getattr(c, name) or 0) < 0, f"{name} must not be negative") for name in not_negative.split()]
+        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples"""
+    refused += [(not (getattr(c, name) or 0) >= 0, f"{name} must not be negative") for name in not_negative.split()]
     refused += [(not 0 <= (getattr(c, name) or 0) <= 1, f"{name} must lie between 0 and 1")
                 for name in "reference_mix attribution_discount top_p gamma lam lam_critic".split()]
     refused += [
@@ -235,14 +230,13 @@ def check_config(c: Config) -> None:
          "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
         (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
-        (c.critic == "shared" and critic_only,
-         "critic shared has one optimizer: critic_model, critic_ppo_*, critic_warmup, critic_early_stop do not apply"),
+        (c.critic == "shared" and critic_only, "critic shared has one optimizer: only critic_lr applies to its critic"),
         (not c.uses_critic and critic_only, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
         (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
          f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
         (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
-         f"train_batch_size * rollout_n = {size} responses must divide into mini-batches of ppo_mini_batch_size ="
-         f" {c.ppo_mini_batch_size} and of critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
+         f"train_batch_size * rollout_n = {size} responses must divide into mini-batches: ppo_mini_batch_size ="
+         f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
         (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
     ]
     for wrong, sentence in refused:
@@ -304,15 +298,13 @@ def read_rows(source: str, split: str) -> list[dict]:
 
 def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, str]:
     """Names of the prompt and the answer column ("": none). Raises UsageError with the columns present."""
-    found = []
-    for wanted, known, is_needed in (
-        (config.prompt_column, ("question", "instruction", "prompt", "messages"), True),
-        (config.answer_column, ("answer", "output"), config.reward == "gsm8k"),
-    ):
-        found.append(wanted or next((name for name in known if name in columns), ""))
-        if found[-1] not in columns and (wanted or is_needed):
-            raise UsageError(f"{source}: no column {wanted or ' or '.join(known)}; there are {', '.join(columns)}")
-    return found[0], found[1]
+    names, needed = [], (True, config.reward == "gsm8k")
+    known = ("question", "instruction", "prompt", "messages"), ("answer", "output")
+    for wanted, usual, must in zip((config.prompt_column, config.answer_column), known, needed, strict=True):
+        names.append(wanted or next((name for name in usual if name in columns), ""))
+        if names[-1] not in columns and (wanted or must):
+            raise UsageError(f"{source}: no column {wanted or ' or '.join(usual)}; there are {', '.join(columns)}")
+    return names[0], names[1]
 
 
 def render_prompt(messages: list[dict], tokenizer) -> list[int]:
@@ -362,7 +354,7 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     name = config.dataset.split(":")[0]
     eval_source = config.eval_dataset or (name if name in ("demo", "gsm8k", "openai/gsm8k") else None)
     train = make_examples(read_rows(config.dataset, "train"), tokenizer, config, config.dataset, training=True)
-    if len(train) < config.train_batch_size:
+    if len(train) < config.train_batch_size and not config.eval_only:
         raise UsageError(f"{config.dataset}: {len(train)} prompts, train_batch_size is {config.train_batch_size}")
     if eval_source is None and config.eval_only:
         raise UsageError("eval_only needs an eval_dataset")
@@ -446,15 +438,10 @@ class LanguageModel(nn.Module):
         """fp32 logits [..., num_tokens] of the policy that samples."""
         config = self.lm.config.get_text_config()
         logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
-        logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales are Cohere's and Granite's
-        return (logits if cap is None else cap * torch.tanh(logits / cap)) / temperature
-
-    def pooled(self, hidden: Tensor) -> Tensor:
-        """What the value head reads [B, S, H]: the hidden state, or the mean of all so far."""
-        if self.pooling == "last":
-            return hidden.float()
-        return hidden.float().cumsum(1) / torch.arange(1, hidden.shape[1] + 1, device=hidden.device)[:, None]
+        logits = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+        return logits / temperature
 
 
 class Learner:
@@ -552,7 +539,7 @@ def build_models(tokenizer, config: Config) -> Models:
     num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])
     eos = lm.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    print(f"stop tokens: {' '.join(tokenizer.convert_ids_to_tokens(sorted(stop_ids)))}")
+    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
     reference = critic = None
     if config.kl_coef and config.reference != "previous":
         reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
@@ -627,7 +614,7 @@ def compute_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, di
 
     Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last one, 1 spreads evenly.
     """
-    tokens_after = (mask.flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
+    tokens_after = (mask.long().flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     weights = torch.full_like(mask, discount).pow(tokens_after) * mask
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-8)
     return (weights * scores[:, None] - kl_coef * kl).masked_fill(mask == 0, 0.0)
@@ -725,9 +712,8 @@ def loss_weights(mask: Tensor, mode: str, scale: float) -> Tensor:
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant; NaN where all returns agree."""
-    error = returns - values
-    error_variance = masked_mean((error - masked_mean(error, mask)).square(), mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    error_variance, variance = (
+        masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
     rounding = 1e-10 * masked_mean(returns.square(), mask)  # a mean of equal numbers is not always that number
     return torch.where(variance > rounding, 1 - error_variance / variance, torch.nan)
 
@@ -777,51 +763,43 @@ def generate(
 ) -> tuple[list[list[int]], list[Tensor]]:
     """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
 
-    Only our flags shape the sampling: the model's generation_config (repetition penalty, top_k, ...) has no say.
+    Prompts of similar length, rollout_slots at a time, are padded on the left and get one token per pass; rows that are
+    done leave every CHECK_EVERY tokens. Only our flags shape the sampling, not the model's generation_config.
     """
-    results = [None] * len(prompts)
+    device, limit, results = model.lm.device, c.max_response_length, [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), c.rollout_slots):
-        rows = order[start : start + c.rollout_slots]
-        tokens, logprobs, lengths = decode(model, [prompts[i] for i in rows], stop_ids, c, generator)
-        for i, row, n in zip(rows, range(len(rows)), lengths.tolist(), strict=True):
-            results[i] = tokens[row, :n].tolist(), logprobs[row, :n]
-    return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
-
-
-def decode(
-    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens and log-probs [B, max_response_length] and lengths [B] for a left-padded batch, one token per pass.
-
-    Rows that have ended leave the batch every CHECK_EVERY tokens.
-    """
-    device, width, limit = model.lm.device, max(map(len, prompts)), c.max_response_length
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
-    attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions, stop = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(sorted(stop_ids), device=device)
-    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
-    logprobs, lengths = tokens.float(), torch.full_like(tokens[:, 0], limit)
-    rows, cache = torch.arange(len(prompts), device=device), DynamicCache(config=model.lm.config)
+    stop = torch.tensor(sorted(stop_ids), device=device)
     warpers = [TopKLogitsWarper(c.top_k)] if c.top_k else []
     warpers += [TopPLogitsWarper(c.top_p)] if c.top_p < 1 else []
-    for t in range(limit):
-        hidden = model.hidden(input_ids=ids, attention_mask=attention, position_ids=positions, past_key_values=cache)
-        logits = allowed = model.logits(hidden[:, -1], c.temperature)
-        for warper in warpers:
-            allowed = warper(None, allowed)
-        greedy = generator is None
-        ids = logits.argmax(-1, keepdim=True) if greedy else allowed.softmax(-1).multinomial(1, generator=generator)
-        tokens[rows, t], logprobs[rows, t] = ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]
-        lengths[rows] = torch.where(torch.isin(ids[:, 0], stop), lengths[rows].clamp(max=t + 1), lengths[rows])
-        attention, positions = torch.cat([attention, attention.new_ones(len(rows), 1)], 1), positions[:, -1:] + 1
-        if (t + 1) % CHECK_EVERY == 0:
+    for start in range(0, len(order), c.rollout_slots):
+        batch = order[start : start + c.rollout_slots]
+        pads = [len(prompts[batch[0]]) - len(prompts[i]) for i in batch]
+        ids = torch.tensor([[0] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)], device=device)
+        attention = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(device)
+        positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.lm.config)
+        tokens = torch.zeros(len(batch), limit, dtype=torch.long, device=device)
+        rows, logprobs, lengths = torch.arange(len(batch), device=device), tokens.float(), tokens[:, 0] + limit
+        for t in range(limit):
+            inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
+            logits = allowed = model.logits(model.hidden(**inputs, past_key_values=cache)[:, -1], c.temperature)
+            for warper in warpers:
+                allowed = warper(None, allowed)
+            ids = allowed.argmax(-1, keepdim=True)
+            if generator is not None:
+                ids = allowed.softmax(-1).multinomial(1, generator=generator)
+            tokens[rows, t], logprobs[rows, t] = ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]
+            lengths[rows] = torch.where(torch.isin(ids[:, 0], stop), lengths[rows].clamp(max=t + 1), lengths[rows])
+            attention, positions = torch.cat([attention, attention.new_ones(len(rows), 1)], 1), positions[:, -1:] + 1
+            if (t + 1) % CHECK_EVERY:
+                continue
             keep = (lengths[rows] > t + 1).nonzero()[:, 0]
             if len(keep) == 0:
                 break
             rows, ids, attention, positions = rows[keep], ids[keep], attention[keep], positions[keep]
             cache.batch_select_indices(keep)
-    return tokens, logprobs, lengths
+        for row, (i, length) in enumerate(zip(batch, lengths.tolist(), strict=True)):
+            results[i] = tokens[row, :length].tolist(), logprobs[row, :length]
+    return [ids for ids, _ in results], [logprobs for _, logprobs in results]
 
 
 def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[Tensor]:
@@ -837,6 +815,9 @@ def to_tokens(flat: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask).masked_scatter(mask > 0, flat)
 
 
+LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
+
+
 def forward(model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None) -> list:
     """[log-probs, entropy, values, full_kl to the reference] of the response tokens, [B, T], or None without that head.
 
@@ -847,9 +828,11 @@ def forward(model: LanguageModel, part: Rollout, temperature: float, reference: 
     row, step = part.mask.nonzero(as_tuple=True)
     column = torch.tensor([len(p) - 1 for p in part.prompts], device=row.device)[row] + step  # where it is chosen
     hidden = model.hidden(**inputs)
-    values = None
+    values, read = None, hidden.float()
+    if model.pooling == "mean":  # the value head reads the mean of all states so far
+        read = read.cumsum(1) / torch.arange(1, read.shape[1] + 1, device=read.device)[:, None]
     if model.value_head is not None:
-        values = to_tokens(model.value_head(model.pooled(hidden)[row, column]).squeeze(-1), part.mask)
+        values = to_tokens(model.value_head(read[row, column]).squeeze(-1), part.mask)
     if model.lm.get_output_embeddings() is None:  # a critic has no token head
         return [None, None, values, None]
     with torch.no_grad():
@@ -880,11 +863,12 @@ def micro_batches(rows: list[int], rollout: Rollout, config: Config) -> Iterator
     yield group, rollout.take(group)
 
 
-def score_tokens(function: Callable[[Rollout], Tensor], rollout: Rollout, config: Config) -> Tensor:
-    """function(part) [b, t] over the micro-batches of a whole rollout: [B, T]."""
+@torch.no_grad()
+def score_tokens(model: LanguageModel, head: int, rollout: Rollout, c: Config, reference=None) -> Tensor:
+    """Output `head` of forward() for a whole rollout, micro-batch by micro-batch: [B, T]."""
     result = torch.zeros_like(rollout.mask)
-    for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, config):
-        result[rows, : part.mask.shape[1]] = function(part)
+    for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c):
+        result[rows, : part.mask.shape[1]] = forward(model, part, c.temperature, reference)[head]
     return result
 
 
@@ -904,16 +888,15 @@ def shape_scores(scores: Tensor, lengths: Tensor, stopped: Tensor, config: Confi
 
 def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
     """Fills in ref_logprobs and kl, for the estimator in use."""
-    policy, reference, temperature = models.actor.model, models.reference, config.temperature
     rollout.ref_logprobs = rollout.old_logprobs  # reference previous
-    if reference is not None:
-        rollout.ref_logprobs = score_tokens(lambda p: forward(reference, p, temperature)[0], rollout, config)
+    if models.reference is not None:
+        rollout.ref_logprobs = score_tokens(models.reference, LOGPROBS, rollout, config)
     if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
         w = torch.tensor(config.reference_mix, device=rollout.mask.device)
         mixed = torch.logaddexp(rollout.ref_logprobs + (1 - w).log(), rollout.old_logprobs + w.log())
         rollout.ref_logprobs = mixed.masked_fill(rollout.mask == 0, 0.0)
     if config.kl_kind == "full":
-        rollout.kl = score_tokens(lambda p: forward(policy, p, temperature, reference)[3], rollout, config)
+        rollout.kl = score_tokens(models.actor.model, FULL_KL, rollout, config, models.reference)
     else:
         rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
 
@@ -942,7 +925,7 @@ def collect_rollout(
     rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
     rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
     if policy.lm.dtype != torch.float32:  # bf16 rounds by batch shape: take the update's kind of pass
-        rollout.old_logprobs = score_tokens(lambda p: forward(policy, p, config.temperature)[0], rollout, config)
+        rollout.old_logprobs = score_tokens(policy, LOGPROBS, rollout, config)
         metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
     if config.kl_coef:
         measure_kl(models, rollout, config)
@@ -955,7 +938,7 @@ def collect_rollout(
         rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
     if config.uses_critic:
         critic = models.critic.model if models.critic else policy
-        rollout.old_values = score_tokens(lambda p: forward(critic, p, config.temperature)[2], rollout, config)
+        rollout.old_values = score_tokens(critic, VALUES, rollout, config)
     rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
@@ -970,7 +953,8 @@ def collect_rollout(
 
 def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
     """The loss of a micro-batch, a sum over its tokens, and what to log of each token."""
-    reference = models.reference if c.use_kl_loss and c.kl_kind == "full" else None
+    uses_kl = c.use_kl_loss and c.kl_coef > 0
+    reference = models.reference if uses_kl and c.kl_kind == "full" else None
     logprobs, entropy, values, kl = forward(models.actor.model, part, c.temperature, reference)
     low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
     high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
@@ -979,7 +963,7 @@ def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c
     logged = {"policy/loss": loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
               "policy/approx_kl": estimate_kl(part.old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
     loss = loss - c.entropy_coeff * entropy
-    if c.use_kl_loss:
+    if uses_kl:
         loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
     if values is not None:  # the critic is shared: one joint loss
         value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
@@ -990,7 +974,7 @@ def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c
 
 def critic_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
     """The same for the separate critic, which no KL concerns."""
-    values = forward(models.critic.model, part, c.temperature)[2]
+    values = forward(models.critic.model, part, c.temperature)[VALUES]
     loss, clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
     return (loss * weights).sum(), {"value/loss": loss, "value/clipfrac": clipped}
 
@@ -1010,7 +994,8 @@ def train_mini_batch(
         loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
         learner.backward(loss)
         if role == "actor":
-            rollout.ratio[rows, :width], rollout.clipped[rows, :width] = logged.pop("ratio"), logged["policy/clipfrac"]
+            rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
+            rollout.clipped[rows, :width] = logged["policy/clipfrac"]
         for name, x in logged.items():
             sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
     sums["tokens"] = rollout.mask[batch].sum()
@@ -1050,9 +1035,9 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
                 break
         if held_out:
             part = rollout.take(held_out)
-            with torch.no_grad():
-                loss, _ = critic_loss(models, part, loss_weights(part.mask, "token-mean", 1.0), kl_coef, c)
-            losses.append(loss.item())
+            values = score_tokens(learner.model, VALUES, part, c)
+            loss, _ = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+            losses.append(masked_mean(loss, part.mask).item())
         if history[-1]["stopped"] or (held_out and losses[-1] >= losses[-2]):
             break
     learner.model.eval()
@@ -1072,14 +1057,15 @@ def evaluate(models: Models, reward: Callable, examples: list[Example], config: 
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
     rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
-    columns = {"count": torch.ones_like(scores), "square": scores.square(), "eval/score": scores}
+    columns, metrics = {"score": scores}, {}
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
-        columns |= {"eval/accuracy": scores, "eval/accuracy_flexible": torch.tensor(flexible).double()}
-    sums = sum_over_ranks(torch.stack([x.sum() for x in columns.values()])).tolist()
-    square, *means = (x / sums[0] for x in sums[1:])
-    metrics = dict(zip(list(columns)[2:], means, strict=True))
-    metrics["eval/standard_error"] = math.sqrt(max(0.0, square - means[0] ** 2) / max(sums[0] - 1, 1))
+        columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
+    for name, x in columns.items():
+        count, total, squares = sum_over_ranks(torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])).tolist()
+        variance = max(0.0, squares / count - (total / count) ** 2) * count / max(count - 1, 1)
+        metrics[f"eval/{name}"] = total / count
+        metrics["eval/standard_error" + name.partition("_")[1] + name.partition("_")[2]] = math.sqrt(variance / count)
     return metrics, describe(rollout, "eval", models, config)
 
 
@@ -1096,11 +1082,12 @@ def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dic
     } for i, ids in enumerate(r.responses[: config.print_samples])]
 
 
-METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible reward/score reward/kl
-    reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower policy/approx_kl policy/entropy
-    policy/ratio_first value/loss value/clipfrac value/explained_variance rollout/response_length rollout/eos_rate
-    rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm optim/critic_grad_norm optim/skipped_steps
-    time/rollout time/score time/update_actor time/update_critic time/tokens_per_second""".split()
+METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible eval/standard_error_flexible
+    reward/score reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower
+    policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac value/explained_variance
+    rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
+    optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
+    time/tokens_per_second""".split()
 
 
 def check_health(metrics: dict, step: int, said: set[str]) -> None:
@@ -1132,8 +1119,8 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
         tracker.log(metrics, step=step)
     shown = ("eval/score", "reward/score", "reward/kl", "policy/entropy", "policy/clipfrac", "value/explained_variance",
              "rollout/response_length", "time/tokens_per_second")
-    numbers = (f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
-    tqdm.write(f"step {step}: " + ", ".join(numbers))  # above the progress bar on a terminal, a plain line elsewhere
+    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
 
 def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
@@ -1166,7 +1153,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError.
+
+    A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
+    """
     name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir, link = Path(config.output_dir or Path("output", name)), Path("output", "ppo_metrics")
     start = (checkpoints(run_dir) or [None])[-1] if config.resume != "never" else None
@@ -1174,12 +1164,19 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
         start = Path(config.resume)
     if (start and not (start / "state.json").is_file()) or (config.resume == "must" and not start):
         raise UsageError(f"resume {config.resume}: no checkpoint in {start or run_dir}")
-    if not start and run_dir.exists() and any(run_dir.iterdir()):
+    inside = start is not None and run_dir.resolve() in start.resolve().parents
+    if config.eval_only and inside:
+        run_dir, inside = Path("output", name), False  # an evaluation of a run adds nothing to its folder
+    present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
+    summary = run_dir / "summary.json"
+    died = summary.exists() and json.loads(summary.read_text())["status"] == "running" and not present - RUN_FILES
+    if present and not inside and (checkpoints(run_dir) or not died):
         raise UsageError(f"{run_dir} is not empty and holds no checkpoint to resume: choose another output_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    if not (run_dir / "training_metrics.csv").exists():
+    if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
-    if not config.output_dir and (link.is_symlink() or not link.exists()):
+        (run_dir / "samples.jsonl").write_text("")
+    if run_dir == Path("output", name) and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(name)
     return run_dir, start
@@ -1210,6 +1207,8 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config)
     models.actor.load(folder / "actor.safetensors")
     if models.critic:
         models.critic.load(folder / "critic.safetensors")
+    for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
+        shutil.rmtree(later)  # the run takes another course from here
     for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
         lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the CSV's header
         steps = [int((re.match(r'(?:\{"step": )?(\d+),', line) or [0, 0])[1]) for line in lines]
@@ -1248,14 +1247,15 @@ def main(config: Config) -> None:
     tokenizer, reward, train, evals, tracker = prepare(config)
     torch.use_deterministic_algorithms(config.deterministic)
     total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
-    if config.critic_warmup >= total:
+    if config.critic_warmup >= total and not config.eval_only:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     run_dir, checkpoint_dir = open_run(config)
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
-    target = config.kl_target if config.kl_ctrl_type == "adaptive" else None
+    target = config.kl_ctrl_target or {"token": 0.1, "sequence": 6.0}[config.kl_ctrl_unit]
+    target = target if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
@@ -1263,6 +1263,7 @@ def main(config: Config) -> None:
         tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
+    save_summary(run_dir, config, "running")
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=not sys.stderr.isatty()):
         clock = time.perf_counter()
@@ -1289,8 +1290,8 @@ def main(config: Config) -> None:
     if not config.eval_only:
         models.actor.export(run_dir / "model", tokenizer)
     evaluations = save_summary(run_dir, config, "finished")
-    for label, row in zip(("before", "after"), evaluations[:1] + evaluations[-1:], strict=False):
-        print(f"{label:>7}:  " + "  ".join(f"{name} {x:.4g}" for name, x in row.items()))
+    for name in evaluations[0] if evaluations else ():
+        print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")
 
 
 if __name__ == "__main__":

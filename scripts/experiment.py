@@ -1,16 +1,17 @@
 """Runs ppo_llm.py several times and turns the runs into a table, a figure and CSVs in docs/results/NAME.
 
-    python scripts/experiment.py demo       # 5 seeds and two controls, about 35 minutes on 2 cores
-    python scripts/experiment.py kl         # adaptive KL against fixed, about 20 minutes
-    python scripts/experiment.py format     # real GSM8K questions with a format reward, about 10 minutes
-    python scripts/experiment.py gsm8k      # real GSM8K with the strict reward, about 15 minutes
+    python scripts/experiment.py demo       # 5 seeds and two controls, about 30 minutes on 2 cores
+    python scripts/experiment.py timing     # the demo once, with nothing else on the machine: minutes and memory
+    python scripts/experiment.py kl         # adaptive KL with two targets beside fixed, about 15 minutes
+    python scripts/experiment.py format --gsm8k_dir DIR    # real GSM8K questions, a format reward, about 5 minutes
+    python scripts/experiment.py gsm8k --gsm8k_dir DIR     # real GSM8K, the strict reward, about 3 minutes
 
-A run that has finished is not repeated. `--report_only True` makes table and figure from the CSVs that are there.
-`format` and `gsm8k` read train.jsonl and test.jsonl from --gsm8k_dir.
+A run that has finished is not repeated; `--report_only` only reads the CSVs. The exit code is 1 if a bar is missed.
 """
 
 import csv
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -22,11 +23,12 @@ import matplotlib.figure
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+KL_TARGETS = (0.005, 0.012)  # per token
 
 
 @dataclass
 class Config:
-    name: Annotated[Literal["demo", "kl", "format", "gsm8k"], tyro.conf.Positional]  # which experiment
+    name: Annotated[Literal["demo", "timing", "kl", "format", "gsm8k"], tyro.conf.Positional]  # which experiment
     gsm8k_dir: Path = Path("data/gsm8k")  # folder with the published train.jsonl and test.jsonl
     output: Path = ROOT / "output"  # runs go to OUTPUT/NAME/RUN
     report_only: bool = False  # run nothing, only read docs/results/NAME
@@ -35,7 +37,8 @@ class Config:
 def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
-    small = ["--lr=1e-4", "--train_batch_size=64", "--ppo_mini_batch_size=16", "--eval_every=20"]
+    layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
+              "--ppo_mini_batch_size=16", "--critic_ppo_epochs=1", "--eval_every=60"]
     adaptive = ["--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=300", "--kl_ctrl_coef=0.3", "--eval_every=30"]
     return {
         "demo": {
@@ -43,12 +46,12 @@ def experiments(config: Config) -> dict[str, list[str]]:
             "control_permuted": ["--reward=scripts/rewards/permuted.py:reward"],
             "control_lr0": ["--lr=0", "--critic_lr=0"],
         },
+        "timing": {"demo": []},
         "kl": {
             "fixed": ["--kl_ctrl_coef=0.3", "--eval_every=30"],
-            "target_0.005": [*adaptive, "--kl_ctrl_target=0.005"],
-            "target_0.012": [*adaptive, "--kl_ctrl_target=0.012"],
+            **{f"target_{target}": [*adaptive, f"--kl_ctrl_target={target}"] for target in KL_TARGETS},
         },
-        "format": {"format": [*real, "--reward=scripts/rewards/format.py:reward", *small]},
+        "format": {"format": [*real, *layout]},
         "gsm8k": {"gsm8k": [*real, "--total_steps=10"]},
     }[config.name]
 
@@ -56,43 +59,72 @@ def experiments(config: Config) -> dict[str, list[str]]:
 def run(name: str, flags: list[str], config: Config, results: Path) -> None:
     """One run of ppo_llm.py; copies its CSV, and notes what it took, in results/NAME.csv and NAME.json."""
     folder = config.output / config.name / name
-    command = ["ppo_llm.py", *flags, f"--output_dir={folder}"]
     started = time.perf_counter()
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "ppo_llm.py", *flags, f"--output_dir={folder}"], check=True, cwd=ROOT)
     minutes = (time.perf_counter() - started) / 60
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.csv").write_text((folder / "training_metrics.csv").read_text())
-    versions = json.loads((folder / "summary.json").read_text())["versions"]
-    shown = " ".join(["python ppo_llm.py", *flags]).replace(str(config.gsm8k_dir), "$GSM8K_DIR")
-    note = {"command": shown, "minutes": round(minutes, 2), "versions": versions}
+    note = {
+        "command": " ".join(["python ppo_llm.py", *flags]).replace(str(config.gsm8k_dir), "$GSM8K_DIR"),
+        "minutes": round(minutes, 2),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
+        "versions": json.loads((folder / "summary.json").read_text())["versions"],
+    }
     (results / f"{name}.json").write_text(json.dumps(note, indent=2) + "\n")
 
 
-def report(name: str, results: Path) -> str:
-    """The table (Markdown) of all runs in results, and results/curves.png. Columns: first and last evaluation, KL."""
-    figure = matplotlib.figure.Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lines = ["| run | start | end | gain | KL per token, mean of the second half | command |",
-             "|---|---|---|---|---|---|"]
+def column(rows: list[dict], name: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+
+
+def verdict(experiment: str, run_name: str, evals: list, error: float, late_kl: float) -> str:
+    """The bar that the run has to take, and whether it does."""
+    first, last = evals[0][1], evals[-1][1]
+    if run_name.startswith("control"):
+        bar, taken = f"within 2 standard errors ({2 * error:.3f})", abs(last - first) <= 2 * error
+    elif run_name.startswith("target"):
+        target = float(run_name.split("_")[1])
+        bar, taken = f"KL within 30 % of {target}", abs(late_kl / target - 1) <= 0.3
+    elif experiment == "format":
+        bar, taken = "from at most 0.4 to at least 0.9", first <= 0.4 and last >= 0.9
+    elif experiment == "demo":
+        bar, taken = "gain of at least 0.2", last - first >= 0.2
+    else:
+        return "none"
+    return f"{bar}: {'yes' if taken else '**NO**'}"
+
+
+def report(experiment: str, results: Path) -> str:
+    """The table (Markdown) of all runs in results, and results/curves.png."""
+    figure = matplotlib.figure.Figure(figsize=(14, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    names = ("eval/score", "reward/kl", "reward/kl_coef" if experiment == "kl" else "reward/score")
+    lines = ["| run | start | end | gain | bar | KL per token, second half | minutes | peak GiB | command |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for path in sorted(results.glob("*.csv")):
-        rows, note = list(csv.DictReader(path.open())), json.loads(path.with_suffix(".json").read_text())
-        evals = [(int(r["step"]), *(float(r[k]) for k in ("eval/score", "eval/standard_error"))) for r in rows
-                 if r["eval/score"]]
-        kl = [(int(r["step"]), float(r["reward/kl"])) for r in rows if r["reward/kl"]]
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        note, evals, kl = json.loads(path.with_suffix(".json").read_text()), *(column(rows, n) for n in names[:2])
+        for axis, name in zip(panels, names, strict=True):
+            axis.plot(*zip(*column(rows, name), strict=True), "--" if "control" in path.stem else "-", label=path.stem)
+        (_, first), (_, last) = evals[0], evals[-1]
+        errors = [error for _, error in column(rows, "eval/standard_error")]
         late = [x for step, x in kl if step > len(kl) / 2]
-        style = "--" if path.stem.startswith("control") else "-"
-        left.plot([e[0] for e in evals], [e[1] for e in evals], style, label=path.stem)
-        right.plot([step for step, _ in kl], [x for _, x in kl], style, label=path.stem)
-        (_, first, first_se), (_, last, last_se) = evals[0], evals[-1]
-        lines.append(f"| {path.stem} | {first:.3f} ± {first_se:.3f} | {last:.3f} ± {last_se:.3f} | {last - first:+.3f}"
-                     f" | {sum(late) / max(len(late), 1):.4f} | `{note['command']}` |")
-    left.set(title="greedy held-out score", xlabel="step", ylim=(0, 1))
-    right.set(title="KL(policy, reference) per token", xlabel="step")
-    left.legend()
+        late_kl = sum(late) / len(late)
+        cells = (path.stem, f"{first:.3f} ± {errors[0]:.3f}", f"{last:.3f} ± {errors[-1]:.3f}", f"{last - first:+.3f}",
+                 verdict(experiment, path.stem, evals, errors[0], late_kl), f"{late_kl:.4f}", note["minutes"],
+                 note["peak_memory_gib"] or "not measured", f"`{note['command']}`")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    titles = ("greedy held-out score", "KL(policy, reference) per token", names[2])
+    for axis, title in zip(panels, titles, strict=True):
+        axis.set(title=title, xlabel="step")
+    for target in KL_TARGETS if experiment == "kl" else ():
+        panels[1].axhline(target, color="grey", linewidth=0.8, linestyle=":")
+    panels[0].set_ylim(0, 1)
+    panels[0].legend()
     figure.savefig(results / "curves.png", dpi=90)
-    table = "\n".join(lines) + "\n"
-    (results / "table.md").write_text(table)
-    return table
+    (results / "table.md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
 
 
 def main(config: Config) -> None:
@@ -100,7 +132,9 @@ def main(config: Config) -> None:
     for name, flags in experiments(config).items():
         if not config.report_only and not (results / f"{name}.json").exists():
             run(name, flags, config, results)
-    print(report(config.name, results))
+    table = report(config.name, results)
+    print(table)
+    sys.exit("**NO**" in table)
 
 
 if __name__ == "__main__":

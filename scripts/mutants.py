@@ -58,7 +58,7 @@ FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm
     ("rows without tokens count", "(lengths > 0).float().sum()", "torch.ones_like(lengths).sum()"),
     ("token-mean over padding", '"token-mean": tokens,', '"token-mean": torch.ones_like(mask).sum(),'),
     ("explained variance from raw squares", "(error - masked_mean(error, mask)).square()", "error.square()"),
-    ("temperature left out of training and sampling", ".float() / temperature", ".float()"),
+    ("temperature left out of training and sampling", "return logits / temperature", "return logits"),
     ("state after the token", "[len(p) - 1 for p in part.prompts]", "[len(p) for p in part.prompts]"),
     ("the stop token is cut off", "lengths[rows].clamp(max=t + 1)", "lengths[rows].clamp(max=max(t, 1))"),
     ("positions count the padding", "positions, stop = (attention.cumsum(1) - 1).clamp(min=0),",
