@@ -158,6 +158,44 @@ def test_resume_from_an_older_checkpoint_of_the_same_run_goes_on_from_there(fold
     assert without_times(run_dir) == expected
 
 
+def test_a_run_that_takes_another_course_drops_the_checkpoints_of_the_old_one(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    main(long_config(folder, run_dir))
+    interrupted(long_config(folder, run_dir, resume=str(run_dir / "checkpoints" / "step_2")), 4)
+    left = [int(path.name[5:]) for path in ppo_llm.checkpoints(run_dir)]
+    assert left == [1, 2, 3]  # with step_5 still there, the same command would go on from the abandoned course
+
+
+def test_a_path_resumes_into_no_folder_that_holds_something_else(folder, tmp_path):
+    main(long_config(folder, tmp_path / "a", total_steps=2))
+    main(long_config(folder, tmp_path / "b", total_steps=3))
+    before = tree(tmp_path / "b")
+    start = str(ppo_llm.checkpoints(tmp_path / "a")[-1])
+    with pytest.raises(UsageError, match="not empty"):
+        main(long_config(folder, tmp_path / "b", resume=start))
+    assert tree(tmp_path / "b") == before
+
+
+def test_an_evaluation_of_a_run_leaves_its_folder_as_it_was(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = long_config(folder, tmp_path / "run", total_steps=2)
+    main(config)
+    before = tree(tmp_path / "run")
+    main(dataclasses.replace(config, eval_only=True))
+    assert tree(tmp_path / "run") == before
+    (row,) = read_log(tmp_path / "output" / "ppo_metrics")
+    assert row["step"] == 2 and row["eval/score"] == read_log(tmp_path / "run")[-1]["eval/score"]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(folder, tmp_path):
+    config = long_config(folder, tmp_path / "run")
+    main(dataclasses.replace(config, output_dir=str(tmp_path / "straight")))
+    interrupted(config, 1)
+    assert ppo_llm.checkpoints(tmp_path / "run") == [] and len(read_log(tmp_path / "run")) == 2
+    main(config)
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
+
+
 def test_an_empty_folder_is_used(folder, tmp_path):
     (tmp_path / "run").mkdir()
     main(long_config(folder, tmp_path / "run", total_steps=1))

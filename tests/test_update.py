@@ -520,3 +520,42 @@ def test_mini_batches_of_one_response_keep_everything_finite(folder):
     config = make_config(folder, ppo_mini_batch_size=1)
     metrics = take_steps(make_models(config), config, 2)
     assert all(map(math.isfinite, metrics.values()))
+
+
+def test_a_kl_loss_with_coefficient_0_needs_no_reference_and_changes_nothing(folder):
+    results = []
+    for flags in ({"use_kl_loss": True, "kl_loss_coef": 0.0}, {"use_kl_in_reward": False}):
+        config = make_config(folder, **flags)
+        models = make_models(config)
+        take_steps(models, config, 2)
+        assert models.reference is None
+        results.append(models.actor.masters)
+    assert same(*results)
+
+
+def test_ratio_and_clipped_are_0_outside_the_mask_after_the_update(folder):
+    config = make_config(folder)
+    models = make_models(config)
+    rollout, _ = collect(models, config)
+    update("actor", models, rollout, 0, 10, 0.0, config)
+    assert (rollout.mask == 0).any()
+    assert (rollout.ratio[rollout.mask == 0] == 0).all() and (rollout.clipped[rollout.mask == 0] == 0).all()
+
+
+def test_a_held_out_tenth_is_scored_in_micro_batches_with_the_same_result(folder, monkeypatch):
+    sizes, results, real = [], [], ppo_llm.forward
+
+    def counted(model, part, *rest):
+        sizes.append(len(part.mask))
+        return real(model, part, *rest)
+
+    monkeypatch.setattr(ppo_llm, "forward", counted)
+    for size in (1, 8):
+        config = make_config(folder, critic_early_stop=True, ppo_epochs=2, train_batch_size=40, ppo_mini_batch_size=20,
+                             ppo_micro_batch_size=size)
+        models = make_models(config)
+        rollout, _ = collect(models, config)
+        sizes.clear()
+        results.append(update("critic", models, rollout, 0, 10, 0.0, config)["value/loss"])
+        assert max(sizes) <= size
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
