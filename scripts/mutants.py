@@ -48,7 +48,7 @@ FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm
     ("controller turned around", "self.coef *= 1 +", "self.coef *= 1 -"),
     ("KL added to the reward", "- kl_coef * kl).masked_fill", "+ kl_coef * kl).masked_fill"),
     ("score on the first token",
-     "tokens_after = (mask.flip(1).cumsum(1).flip(1) - 1)", "tokens_after = (mask.cumsum(1) - 1)"),
+     "tokens_after = (mask.long().flip(1).cumsum(1).flip(1) - 1)", "tokens_after = (mask.long().cumsum(1) - 1)"),
     ("grpo divides by the biased deviation",
      "groups.std(1, keepdim=True)", "groups.std(1, keepdim=True, correction=0)"),
     ("rloo keeps its own score in the mean",
@@ -57,12 +57,14 @@ FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm
      "(1 / (config.length_adaptive_alpha * mask.sum(1)).clamp(min=1))"),
     ("rows without tokens count", "(lengths > 0).float().sum()", "torch.ones_like(lengths).sum()"),
     ("token-mean over padding", '"token-mean": tokens,', '"token-mean": torch.ones_like(mask).sum(),'),
-    ("explained variance from raw squares", "(error - masked_mean(error, mask)).square()", "error.square()"),
+    ("explained variance from raw squares",
+     "masked_mean((x - masked_mean(x, mask)).square(), mask) for x in", "masked_mean(x.square(), mask) for x in"),
     ("temperature left out of training and sampling", "return logits / temperature", "return logits"),
     ("state after the token", "[len(p) - 1 for p in part.prompts]", "[len(p) for p in part.prompts]"),
     ("the stop token is cut off", "lengths[rows].clamp(max=t + 1)", "lengths[rows].clamp(max=max(t, 1))"),
-    ("positions count the padding", "positions, stop = (attention.cumsum(1) - 1).clamp(min=0),",
-     "positions, stop = torch.arange(width, device=device).expand_as(attention),"),
+    ("positions count the padding",
+     "positions, cache = (attention.cumsum(1) - 1).clamp(min=0),",
+     "positions, cache = torch.arange(ids.shape[1], device=device).expand_as(attention),"),
     ("weights per micro-batch", "loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)",
      "loss, logged = loss_of(models, part, loss_weights(part.mask, c.loss_agg_mode, 1.0), kl_coef, c)"),
     ("entropy is punished", "loss = loss - c.entropy_coeff * entropy", "loss = loss + c.entropy_coeff * entropy"),
@@ -107,6 +109,9 @@ def first_failure(old: str, new: str) -> str:
 
 
 def main(config: Config) -> None:
+    text = (ROOT / "ppo_llm.py").read_text()
+    missing = [name for name, old, _ in FAULTS if text.count(old) != 1]
+    assert not missing, f"not one place in ppo_llm.py for: {missing}"
     assert not first_failure("def warn(sentence", "def warn(sentence"), "the tests fail without a fault"
     lines, survivors = ["| fault | caught by |", "|---|---|"], 0
     for name, old, new in FAULTS:
