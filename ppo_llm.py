@@ -447,7 +447,7 @@ class LanguageModel(nn.Module):
 class Learner:
     """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file.
 
-    bf16 weights are trained through fp32 masters and fp32 gradients: a step of 1e-6 is lost in the 8 bits of bf16.
+    bf16 weights have fp32 masters, and micro-batch gradients fp32 sums: steps of 1e-6 are lost in the 8 bits of bf16.
     """
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
