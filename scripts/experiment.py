@@ -39,7 +39,8 @@ def experiments(config: Config) -> dict[str, list[str]]:
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
     layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
               "--ppo_mini_batch_size=16", "--critic_ppo_epochs=1", "--eval_every=60"]
-    adaptive = ["--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=300", "--kl_ctrl_coef=0.3", "--eval_every=30"]
+    steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
+    adaptive = [*steered, "--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=150"]
     return {
         "demo": {
             **{f"seed{seed}": [f"--seed={seed}"] for seed in range(1, 6)},
@@ -48,8 +49,8 @@ def experiments(config: Config) -> dict[str, list[str]]:
         },
         "timing": {"demo": []},
         "kl": {
-            "fixed": ["--kl_ctrl_coef=0.3", "--eval_every=30"],
             **{f"target_{target}": [*adaptive, f"--kl_ctrl_target={target}"] for target in KL_TARGETS},
+            "fixed": steered,
         },
         "format": {"format": [*real, *layout]},
         "gsm8k": {"gsm8k": [*real, "--total_steps=10"]},
