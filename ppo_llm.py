@@ -1171,7 +1171,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     summary = run_dir / "summary.json"
     died = summary.exists() and json.loads(summary.read_text())["status"] == "running" and not present - RUN_FILES
     if present and not inside and (checkpoints(run_dir) or not died):
-        raise UsageError(f"{run_dir} is not empty and cannot be continued (resume {config.resume}): choose another folder")
+        raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
