@@ -112,7 +112,8 @@ def main(config: Config) -> None:
     text = (ROOT / "ppo_llm.py").read_text()
     missing = [name for name, old, _ in FAULTS if text.count(old) != 1]
     assert not missing, f"not one place in ppo_llm.py for: {missing}"
-    assert not first_failure("def warn(sentence", "def warn(sentence"), "the tests fail without a fault"
+    failure = first_failure("def warn(sentence", "def warn(sentence")
+    assert not failure, f"{failure} fails without a fault"
     lines, survivors = ["| fault | caught by |", "|---|---|"], 0
     for name, old, new in FAULTS:
         if config.only not in name:
