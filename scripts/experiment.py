@@ -37,6 +37,7 @@ class Config:
 def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
+    permuted = ["--reward=scripts/rewards/permuted.py:reward"]
     layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
               "--ppo_mini_batch_size=16", "--critic_ppo_epochs=1", "--eval_every=60"]
     steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
@@ -44,7 +45,8 @@ def experiments(config: Config) -> dict[str, list[str]]:
     return {
         "demo": {
             **{f"seed{seed}": [f"--seed={seed}"] for seed in range(1, 6)},
-            "control_permuted": ["--reward=scripts/rewards/permuted.py:reward"],
+            "control_permuted": [*permuted, "--seed=1"],
+            "control_permuted_seed2": [*permuted, "--seed=2"],
             "control_lr0": ["--lr=0", "--critic_lr=0"],
         },
         "timing": {"demo": []},
