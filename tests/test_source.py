@@ -106,3 +106,10 @@ def test_the_documents_name_nothing_of_a_machine():
         if not name.endswith((".safetensors", ".png", "test_source.py")):
             text = (ROOT / name).read_text(errors="replace")
             assert not re.search(r"/(?:work|root|home)/\w", text), name
+
+
+def test_the_readme_states_the_size_of_the_file_and_begins_with_a_command():
+    readme = (ROOT / "README.md").read_text()
+    assert f"({len(SOURCE.splitlines())} lines)" in readme
+    assert any("python ppo_llm.py" in line for line in readme.splitlines()[:15])
+    assert 900 <= len(readme.split()) <= 1500

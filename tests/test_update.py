@@ -71,8 +71,8 @@ def check_equal(results: list) -> None:
                 assert other_metrics[name] == pytest.approx(x, rel=1e-4, abs=1e-6), name
         assert len(gradients) == len(other_gradients) and gradients
         for one, other in zip(gradients, other_gradients, strict=True):
-            for x, y in zip(one, other, strict=True):
-                torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-6)
+            x, y = (torch.cat([w.flatten() for w in gradient]) for gradient in (one, other))
+            assert (y - x).norm() <= 1e-5 * x.norm()  # of the whole: an entry near 0 is all rounding
 
 
 # ---------------------------------------------------------------------------------------------------------------------
