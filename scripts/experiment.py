@@ -11,6 +11,7 @@ A run that has finished is not repeated; `--report_only` only reads the CSVs. Th
 
 import csv
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -38,8 +39,8 @@ def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
     permuted = ["--reward=scripts/rewards/permuted.py:reward"]
-    layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
-              "--ppo_mini_batch_size=16", "--critic_ppo_epochs=1", "--eval_every=60"]
+    layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64", "--ppo_epochs=1",
+              "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--eval_every=60"]
     steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
     adaptive = [*steered, "--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=150"]
     return {
@@ -109,11 +110,12 @@ def report(experiment: str, results: Path) -> str:
             rows = list(csv.DictReader(file))
         note, evals, kl = json.loads(path.with_suffix(".json").read_text()), *(column(rows, n) for n in names[:2])
         for axis, name in zip(panels, names, strict=True):
-            axis.plot(*zip(*column(rows, name), strict=True), "--" if "control" in path.stem else "-", label=path.stem)
+            points = column(rows, name) or [(0, math.nan)]
+            axis.plot(*zip(*points, strict=True), "--" if "control" in path.stem else "-", label=path.stem)
         (_, first), (_, last) = evals[0], evals[-1]
         errors = [error for _, error in column(rows, "eval/standard_error")]
         late = [x for step, x in kl if step > len(kl) / 2]
-        late_kl = sum(late) / len(late)
+        late_kl = sum(late) / len(late) if late else math.nan
         cells = (path.stem, f"{first:.3f} ± {errors[0]:.3f}", f"{last:.3f} ± {errors[-1]:.3f}", f"{last - first:+.3f}",
                  verdict(experiment, path.stem, evals, errors[0], late_kl), f"{late_kl:.4f}", note["minutes"],
                  note["peak_memory_gib"] or "not measured", f"`{note['command']}`")
