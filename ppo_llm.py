@@ -65,6 +65,7 @@ GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
+LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
@@ -208,8 +209,7 @@ DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=6
 
 def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
-    critic_only = any((c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup,
-                       c.critic_early_stop))
+    separate = any(getattr(c, f"critic_{x}") for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split())
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
     positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
         total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size
@@ -230,8 +230,8 @@ def check_config(c: Config) -> None:
          "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
         (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
-        (c.critic == "shared" and critic_only, "critic shared has one optimizer: only critic_lr applies to its critic"),
-        (not c.uses_critic and critic_only, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
+        (c.critic == "shared" and separate, "critic shared has one optimizer: only critic_lr applies to its critic"),
+        (not c.uses_critic and separate, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
         (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
          f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
         (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
@@ -815,9 +815,6 @@ def to_tokens(flat: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask).masked_scatter(mask > 0, flat)
 
 
-LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
-
-
 def forward(model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None) -> list:
     """[log-probs, entropy, values, full_kl to the reference] of the response tokens, [B, T], or None without that head.
 
@@ -1168,9 +1165,8 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if config.eval_only and inside:
         run_dir, inside = Path("output", name), False  # an evaluation of a run adds nothing to its folder
     present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    summary = run_dir / "summary.json"
-    died = summary.exists() and json.loads(summary.read_text())["status"] == "running" and not present - RUN_FILES
-    if present and not inside and (checkpoints(run_dir) or not died):
+    died = "summary.json" in present and json.loads((run_dir / "summary.json").read_text())["status"] == "running"
+    if present and not inside and (checkpoints(run_dir) or present - RUN_FILES or not died):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not inside:
