@@ -116,8 +116,9 @@ def report(experiment: str, results: Path) -> str:
         errors = [error for _, error in column(rows, "eval/standard_error")]
         late = [x for step, x in kl if step > len(kl) / 2]
         late_kl = sum(late) / len(late) if late else math.nan
+        shown_kl = f"{late_kl:.4f}" if late else "no KL"
         cells = (path.stem, f"{first:.3f} ± {errors[0]:.3f}", f"{last:.3f} ± {errors[-1]:.3f}", f"{last - first:+.3f}",
-                 verdict(experiment, path.stem, evals, errors[0], late_kl), f"{late_kl:.4f}" if late else "no KL", note["minutes"],
+                 verdict(experiment, path.stem, evals, errors[0], late_kl), shown_kl, note["minutes"],
                  note["peak_memory_gib"] or "not measured", f"`{note['command']}`")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     titles = ("greedy held-out score", "KL(policy, reference) per token", names[2])
