@@ -38,6 +38,7 @@ class Config:
 def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
     real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
+    permuted = ["--reward=scripts/rewards/permuted.py:reward"]
     layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64", "--ppo_epochs=1",
               "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--eval_every=60"]
     steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
@@ -46,6 +47,7 @@ def experiments(config: Config) -> dict[str, list[str]]:
         "demo": {
             **{f"seed{seed}": [f"--seed={seed}"] for seed in range(1, 6)},
             "control_permuted": ["--reward=scripts/rewards/permuted.py:reward"],
+            **{f"control_permuted_seed{seed}": [*permuted, f"--seed={seed}"] for seed in (2, 3)},
             "control_lr0": ["--lr=0", "--critic_lr=0"],
         },
         "timing": {"demo": []},
