@@ -1165,7 +1165,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if config.eval_only and inside:
         run_dir, inside = Path("output", name), False  # an evaluation of a run adds nothing to its folder
     present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    died = "summary.json" in present and json.loads((run_dir / "summary.json").read_text())["status"] == "running"
+    died = "summary.json" in present and '"status": "running"' in (run_dir / "summary.json").read_text()
     if present and not inside and (checkpoints(run_dir) or present - RUN_FILES or not died):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -1188,7 +1188,6 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
         models.critic.save(temporary / "critic.safetensors")
     state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
     (temporary / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(folder, ignore_errors=True)  # there when the run was resumed from an older one
     os.replace(temporary, folder)
     for old in checkpoints(run_dir)[: -config.save_total_limit]:
         shutil.rmtree(old)
