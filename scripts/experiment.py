@@ -1,6 +1,6 @@
 """Runs ppo_llm.py several times and turns the runs into a table, a figure and CSVs in docs/results/NAME.
 
-    python scripts/experiment.py demo       # 5 seeds and two controls, about 30 minutes on 2 cores
+    python scripts/experiment.py demo       # 5 seeds and four controls, about 35 minutes on 2 cores
     python scripts/experiment.py timing     # the demo once, with nothing else on the machine: minutes and memory
     python scripts/experiment.py kl         # adaptive KL with two targets beside fixed, about 15 minutes
     python scripts/experiment.py format --gsm8k_dir DIR    # real GSM8K questions, a format reward, about 5 minutes
