@@ -27,11 +27,13 @@ Where this differs from the papers and from other code, on purpose:
 6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
 """
 
+import contextlib
 import copy
 import csv
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import numbers
@@ -57,7 +59,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 HERE = Path(__file__).resolve().parent
@@ -162,7 +164,7 @@ class Config:
     critic_ppo_epochs: int | None = None  # passes of the critic; None: ppo_epochs
     critic_ppo_mini_batch_size: int | None = None  # responses per step of the critic; None: ppo_mini_batch_size
     ppo_micro_batch_size: int | None = None  # responses per forward and backward; None: no such limit
-    micro_batch_tokens: int = 16384  # tokens, padding included, per pass; changes memory and speed only
+    micro_batch_tokens: int = 16384  # tokens per pass; changes memory and speed only
     lr: float = 1e-6  # learning rate of the policy
     critic_lr: float = 1e-5  # learning rate of the critic or of the value head
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
@@ -188,6 +190,10 @@ class Config:
     @property
     def uses_critic(self) -> bool:
         return self.adv_estimator == "gae"
+
+    @property
+    def on_policy(self) -> bool:  # one optimizer step per rollout: the old policy is the current one
+        return self.ppo_epochs == 1 and self.ppo_mini_batch_size == self.rollout_size
 
     @property
     def kl_in_reward(self) -> bool:
@@ -424,15 +430,28 @@ class LanguageModel(nn.Module):
     def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
         super().__init__()
         self.lm, self.num_tokens, self.pooling, self.value_head = lm, num_tokens, config.value_pooling, None
+        self.own_attention, self.packs, self.engine = lm.config._attn_implementation, True, None
+        AttentionInterface.register("packed", packed_attention)
+        lm.set_attn_implementation("packed")
         if with_values:
             self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device)
             noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
             nn.init.zeros_(self.value_head.bias)
             self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
 
-    def hidden(self, **inputs) -> Tensor:
-        """Last hidden states [B, S, H]."""
-        return self.lm.base_model(**inputs).last_hidden_state
+    def hidden(self, ids: Tensor, packed: "Packed") -> Tensor:
+        """Last hidden states [N, H] of packed token ids [N]."""
+        if self.packs:
+            inputs = {"input_ids": ids[None], "position_ids": packed.position[None], "use_cache": False}
+            return self.lm.base_model(**inputs, packed=packed).last_hidden_state[0]
+        states, cache = [], packed.cache  # one sequence per pass, with the model's own attention and cache
+        for sequence in ids.split(packed.lengths or 1):
+            past = cache.get("past") if cache is not None and not packed.lengths else None
+            output = self.lm.base_model(sequence[None], past_key_values=past, use_cache=cache is not None)
+            states.append(output.last_hidden_state[0])
+            if cache is not None:
+                cache["past"] = output.past_key_values
+        return torch.cat(states)
 
     def logits(self, hidden: Tensor, temperature: float) -> Tensor:
         """fp32 logits [..., num_tokens] of the policy that samples."""
@@ -466,10 +485,13 @@ class Learner:
                 master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
                 weight.grad = None
 
+    def clip_gradient(self) -> Tensor:
+        """Scales the gradient down to norm grad_clip, and returns the norm it had."""
+        return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
+
     @torch.no_grad()
-    def step(self, lr_factor: float) -> float:
+    def step(self, lr_factor: float, grad_norm: float) -> None:
         """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite."""
-        grad_norm = nn.utils.clip_grad_norm_(self.masters, self.grad_clip).item()
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if math.isfinite(grad_norm):
@@ -477,7 +499,6 @@ class Learner:
             self.copy_masters()
         self.skipped_steps += not math.isfinite(grad_norm)
         self.drop_gradient()
-        return grad_norm
 
     def copy_masters(self) -> None:
         for weight, master in zip(self.weights, self.masters, strict=True):
@@ -548,6 +569,243 @@ def build_models(tokenizer, config: Config) -> Models:
         critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
     policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config)
     return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
+
+
+# ---- Packed passes and the rollout engine ---------------------------------------------------------------------------
+# Sequences are laid end to end in one row of N tokens, so that no layer computes padding. Only attention has to know
+# where they end: `packed_attention`, registered with transformers, serves three kinds of pass, told apart by `Packed`.
+# Training and scoring: causal attention within each sequence. Prefill: the same, and keys and values are written to the
+# KV slots of the prompts. Decode: one token for each slot, which attends to what its slot holds. Every slot has a write
+# position of its own: a response that has ended makes room for the next prompt while the others go on, and when no
+# prompt is left, the slots still at work move to the front. The host looks at the slots every CHECK_EVERY tokens only.
+# On CUDA a decode step is a graph, captured once for each number of slots and replayed for the rest of the run, as the
+# optimizer changes the weights in place. `check_passes` compares all of it with a plain pass of the model at the start;
+# a model that it does not fit gets one sequence per pass and its own attention: slow, and said.
+
+
+@dataclass
+class Packed:
+    """Where each of the N tokens of a pass belongs."""
+
+    row: Tensor  # [N] its sequence
+    position: Tensor  # [N] its place there
+    lengths: list[int]  # tokens of each sequence; empty in decode
+    starts: Tensor | None = None  # [sequences + 1] where each begins, and N; int32
+    cache: dict | None = None  # layer -> keys and values [slots, capacity, heads, D]
+    slot: Tensor | None = None  # [N] KV slot
+    room: tuple[int, int] = (0, 0)  # slots, capacity
+    reach: int = 0  # decode on the CPU: no slot holds more tokens
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [sequences, longest, ...], 0 behind the end of a sequence."""
+        shape = len(self.lengths), max(self.lengths), *x.shape[1:]
+        if len(set(self.lengths)) == 1:
+            return x.view(shape)
+        return x.new_zeros(shape).index_put((self.row, self.position), x)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1) if len(set(self.lengths)) == 1 else x[self.row, self.position]
+
+
+def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
+    """Token ids [N] of the sequences, end to end, and where they belong."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    position = torch.arange(len(row)) - starts[row]
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    ids, row, position, starts = (x.to(device, non_blocking=True) for x in (ids, row, position, starts))
+    return ids, Packed(row, position, lengths.tolist(), starts.int())
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
+    sliding_window: int | None = None, packed: Packed | None = None, **others
+) -> tuple[Tensor, None]:
+    """Attention as transformers' AttentionInterface has it: query [1, heads, N, D] -> [1, N, heads, D].
+
+    Raises NotImplementedError for soft-capping, sinks and position biases, which it does not know.
+    """
+    if packed is None or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError(f"packed attention does not fit {type(module).__name__}")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if packed.cache is not None:
+        if module.layer_idx not in packed.cache:
+            packed.cache[module.layer_idx] = [x.new_zeros(*packed.room, *x.shape[1:]) for x in (key, value)]
+        keys, values = packed.cache[module.layer_idx]
+        keys[packed.slot, packed.position], values[packed.slot, packed.position] = key, value
+    if not packed.lengths:
+        return attend_to_slots(query, keys, values, packed, scaling, sliding_window)[None], None
+    longest, window = max(packed.lengths), sliding_window
+    if has_flash(query):
+        return flash_attention(query, key, value, packed.starts, packed.starts, max_q=longest, max_k=longest,
+                               scale=scaling, window_size=(window - 1 if window else -1, 0))[None], None
+    mask, grouped = None, query.shape[1] != key.shape[1]
+    if window and longest > window:
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    query, key, value = (packed.pad(x).transpose(1, 2) for x in (query, key, value))  # causal: padding needs no mask
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+    return packed.unpad(out.transpose(1, 2))[None], None
+
+
+def has_flash(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, **options) -> Tensor:
+    """torch's flash kernel for packed half-precision tensors on CUDA, [N, heads, D]; torch 2.11 to 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # earlier versions take grouped heads unasked
+        options["enable_gqa"] = True
+    return varlen_attn(query, key, value, starts, key_starts, **options)
+
+
+def attend_to_slots(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float, window: int) -> Tensor:
+    """One query for each of the first slots, [rows, heads, D], against all that its slot holds."""
+    rows, capacity = len(query), packed.room[1]
+    if has_flash(query):
+        starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+        keys, values = keys[:rows].flatten(0, 1), values[:rows].flatten(0, 1)
+        return flash_attention(query, keys, values, starts, starts * capacity, max_q=1, max_k=capacity, scale=scale,
+                               window_size=(window - 1, 0) if window else (-1, -1), seqused_k=packed.position.int() + 1)
+    places, last = torch.arange(packed.reach, device=query.device), packed.position[:, None]
+    seen = (places <= last) & (places > last - (window or capacity))
+    grouped = query.view(rows, keys.shape[2], -1, query.shape[-1])  # heads that share a key: a query of that length
+    keys, values = (x[:rows, : packed.reach].transpose(1, 2) for x in (keys, values))
+    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, seen[:, None, None], scale=scale)
+    return out.reshape(query.shape)
+
+
+def capture(step: Callable, pool) -> Callable:
+    """A CUDA graph of a function without arguments, as a function that replays it."""
+    for _ in range(2):  # kernels are chosen and loaded before the capture
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
+
+
+class Engine:
+    """KV slots and the responses that grow in them. An idle slot is `done`: it notes nothing and does not move on."""
+
+    def __init__(self, model, room: tuple[int, int], stop_ids: list[int], limit: int, temperature, top_k, top_p):
+        device, slots = model.lm.device, room[0]
+        self.key = room, stop_ids, limit, temperature, top_k, top_p
+        self.model, self.room, self.limit, self.temperature = model, room, limit, temperature
+        self.warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+        self.slot, self.stop = torch.arange(slots, device=device), torch.tensor(stop_ids, device=device)
+        self.token, self.position, self.count = (torch.zeros_like(self.slot) for _ in range(3))
+        self.done = torch.ones_like(self.slot, dtype=torch.bool)
+        self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # nothing reads the last column
+        self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
+        self.cache, self.replays, self.greedy = {}, {}, False
+        if device.type == "cuda" and model.packs:
+            self.capture()
+
+    def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
+        """Reads prompts into idle slots and chooses the first token of each response."""
+        slot, (ids, packed) = torch.tensor(slots, device=self.slot.device), pack(prompts, self.slot.device)
+        packed.cache, packed.room, packed.slot = self.cache, self.room, slot[packed.row]
+        self.position[slot], self.count[slot], self.done[slot] = packed.starts.diff().long(), 0, False
+        self.greedy = noise is None
+        if noise is not None:
+            self.noise[slot, : self.limit] = noise
+        self.choose(self.model.hidden(ids, packed)[packed.starts[1:] - 1], slot)
+
+    def step(self, rows: int, reach: int) -> None:
+        """One more token for each of the first `rows` slots that is not done; nothing waits for the device."""
+        slot = self.slot[:rows]
+        packed = Packed(slot, self.position[:rows], [], None, self.cache, slot, self.room, reach)
+        hidden = self.model.hidden(self.token[:rows], packed)
+        self.position[:rows] += ~self.done[:rows]
+        self.choose(hidden, slot)
+
+    def choose(self, hidden: Tensor, slot: Tensor) -> None:
+        """Takes the next token of each slot, the likeliest or where its noise falls in the cumulated distribution."""
+        logits = self.model.logits(hidden, self.temperature)
+        logprobs, allowed, active = logits.log_softmax(-1), logits, ~self.done[slot]
+        for warper in self.warpers:
+            allowed = warper(None, allowed)
+        if self.greedy:
+            token = allowed.argmax(-1)
+        else:
+            cumulated = (allowed.softmax(-1) if self.warpers else logprobs.exp()).cumsum(-1)
+            point = self.noise[slot, self.count[slot]] * cumulated[:, -1]
+            token = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0]
+        column = torch.where(active, self.count[slot], self.limit)
+        self.tokens[slot, column], self.token[slot] = token, token
+        self.logprobs[slot, column] = logprobs.gather(1, token[:, None])[:, 0]
+        self.count[slot] += active
+        self.done[slot] |= (token[:, None] == self.stop).any(1) | (self.count[slot] == self.limit)
+
+    def run(self, live: int, reach: int, steps: int) -> None:
+        """Steps of the first `live` slots; on CUDA of a few more, for which there is a graph."""
+        rows = min((rows for rows, _ in self.replays if rows >= live), default=live)
+        step = self.replays.get((rows, self.greedy), partial(self.step, rows, reach))
+        for _ in range(steps):
+            step()
+
+    def move_to_front(self, slots: list[int]) -> None:
+        """These slots become the first ones; in place, because graphs know the addresses."""
+        pairs = [x for pair in self.cache.values() for x in pair]
+        for x in (self.token, self.position, self.count, self.done, self.tokens, self.logprobs, self.noise, *pairs):
+            x[: len(slots)] = x[slots]
+        self.done[len(slots) :] = True
+
+    def capture(self) -> None:
+        """A graph of a step for each halving of the slots, the largest first in one pool; all slots are idle yet."""
+        pool, (slots, capacity) = torch.cuda.graph_pool_handle(), self.room
+        for rows in (slots >> i for i in range(slots.bit_length())):
+            for self.greedy in (False, True):
+                self.replays[rows, self.greedy] = capture(partial(self.step, rows, capacity), pool)
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
+
+    Each token has a random number of its own, drawn beforehand: slots and their order do not change what is sampled.
+    Only our flags shape the sampling, not the model's generation_config.
+    """
+    device, results, on_cuda = model.lm.device, [None] * len(prompts), model.lm.device.type == "cuda"
+    longest = max(c.max_prompt_length if on_cuda else 1, *map(len, prompts))  # the graphs are made for one capacity
+    capacity = math.ceil((longest + c.max_response_length) / 64) * 64
+    slots = min(c.rollout_slots, c.rollout_slots if on_cuda else len(prompts)) if model.packs else 1
+    key = (slots, capacity), sorted(stop_ids), c.max_response_length, c.temperature, c.top_k, c.top_p
+    if model.engine is None or model.engine.key != key:
+        model.engine = Engine(model, *key)
+    engine = model.engine
+    noise = None if generator is None else torch.rand(
+        len(prompts), c.max_response_length, generator=generator, device=device)
+    queue, owner = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * slots
+    while True:
+        done, counts = engine.done.tolist(), engine.count.tolist()
+        finished = [slot for slot, i in enumerate(owner) if i is not None and done[slot]]
+        for slot, tokens in zip(finished, engine.tokens[finished].tolist(), strict=True):
+            results[owner[slot]] = tokens[: counts[slot]], engine.logprobs[slot, : counts[slot]].clone()
+            owner[slot] = None
+        free, live = ([slot for slot, i in enumerate(owner) if (i is None) == idle] for idle in (True, False))
+        if queue and free:
+            fresh, budget = [], c.micro_batch_tokens
+            while queue and len(fresh) < len(free) and (not fresh or len(prompts[queue[-1]]) <= budget):
+                fresh.append(queue.pop())
+                owner[free[len(fresh) - 1]] = fresh[-1]
+                budget -= len(prompts[fresh[-1]])
+            engine.prefill(free[: len(fresh)], [prompts[i] for i in fresh], None if noise is None else noise[fresh])
+            continue
+        if not live:
+            return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
+        steps = min(CHECK_EVERY, c.max_response_length - min(counts[slot] for slot in live))
+        reach = max(len(prompts[owner[slot]]) + counts[slot] for slot in live) + steps
+        if free:
+            engine.move_to_front(live)
+            owner = [owner[slot] for slot in live]
+        engine.run(len(live), min(capacity, math.ceil(reach / 64) * 64), steps)
 
 
 # ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
@@ -757,51 +1015,6 @@ class Rollout:
         return Rollout([self.prompts[i] for i in rows], [self.responses[i] for i in rows], **tensors)
 
 
-@torch.inference_mode()
-def generate(
-    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
-
-    Prompts of similar length, rollout_slots at a time, are padded on the left and get one token per pass; rows that are
-    done leave every CHECK_EVERY tokens. Only our flags shape the sampling, not the model's generation_config.
-    """
-    device, limit, results = model.lm.device, c.max_response_length, [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    stop = torch.tensor(sorted(stop_ids), device=device)
-    warpers = [TopKLogitsWarper(c.top_k)] if c.top_k else []
-    warpers += [TopPLogitsWarper(c.top_p)] if c.top_p < 1 else []
-    for start in range(0, len(order), c.rollout_slots):
-        batch = order[start : start + c.rollout_slots]
-        pads = [len(prompts[batch[0]]) - len(prompts[i]) for i in batch]
-        ids = torch.tensor([[0] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)], device=device)
-        attention = (torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]).long().to(device)
-        positions, cache = (attention.cumsum(1) - 1).clamp(min=0), DynamicCache(config=model.lm.config)
-        tokens = torch.zeros(len(batch), limit, dtype=torch.long, device=device)
-        rows, logprobs, lengths = torch.arange(len(batch), device=device), tokens.float(), tokens[:, 0] + limit
-        for t in range(limit):
-            inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
-            logits = allowed = model.logits(model.hidden(**inputs, past_key_values=cache)[:, -1], c.temperature)
-            for warper in warpers:
-                allowed = warper(None, allowed)
-            ids = allowed.argmax(-1, keepdim=True)
-            if generator is not None:
-                ids = allowed.softmax(-1).multinomial(1, generator=generator)
-            tokens[rows, t], logprobs[rows, t] = ids[:, 0], logits.log_softmax(-1).gather(1, ids)[:, 0]
-            lengths[rows] = torch.where(torch.isin(ids[:, 0], stop), lengths[rows].clamp(max=t + 1), lengths[rows])
-            attention, positions = torch.cat([attention, attention.new_ones(len(rows), 1)], 1), positions[:, -1:] + 1
-            if (t + 1) % CHECK_EVERY:
-                continue
-            keep = (lengths[rows] > t + 1).nonzero()[:, 0]
-            if len(keep) == 0:
-                break
-            rows, ids, attention, positions = rows[keep], ids[keep], attention[keep], positions[keep]
-            cache.batch_select_indices(keep)
-        for row, (i, length) in enumerate(zip(batch, lengths.tolist(), strict=True)):
-            results[i] = tokens[row, :length].tolist(), logprobs[row, :length]
-    return [ids for ids, _ in results], [logprobs for _, logprobs in results]
-
-
 def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[Tensor]:
     """function(*slices) over slices of tokens, recomputed in backward: [tokens, vocabulary] never exists whole."""
     parts = list(zip(*(x.split(max(1, LOGITS_PER_CHUNK // vocabulary)) for x in tensors), strict=True))
@@ -815,25 +1028,24 @@ def to_tokens(flat: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(mask).masked_scatter(mask > 0, flat)
 
 
-def forward(model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None) -> list:
-    """[log-probs, entropy, values, full_kl to the reference] of the response tokens, [B, T], or None without that head.
-
-    Prompt and response are padded on the right only: attention is causal, so padding changes nothing and needs no mask.
-    """
-    sequences = [torch.tensor(p + r) for p, r in zip(part.prompts, part.responses, strict=True)]
-    inputs = {"input_ids": pad_sequence(sequences, batch_first=True).to(part.mask.device), "use_cache": False}
+def forward(
+    model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None, token_head=True
+) -> list:
+    """[log-probs, entropy, values, full_kl to the reference] of response tokens, [B, T]; None without that head."""
+    sequences = [p + r for p, r in zip(part.prompts, part.responses, strict=True)]
+    ids, packed = pack(sequences, part.mask.device)
+    hidden, first, values = model.hidden(ids, packed), [len(p) - 1 for p in part.prompts], None
     row, step = part.mask.nonzero(as_tuple=True)
-    column = torch.tensor([len(p) - 1 for p in part.prompts], device=row.device)[row] + step  # where it is chosen
-    hidden = model.hidden(**inputs)
-    values, read = None, hidden.float()
-    if model.pooling == "mean":  # the value head reads the mean of all states so far
-        read = read.cumsum(1) / torch.arange(1, read.shape[1] + 1, device=read.device)[:, None]
+    chosen = packed.starts[row] + torch.tensor(first, device=row.device)[row] + step  # the state before each token
     if model.value_head is not None:
-        values = to_tokens(model.value_head(read[row, column]).squeeze(-1), part.mask)
-    if model.lm.get_output_embeddings() is None:  # a critic has no token head
+        read = hidden.float()
+        if model.pooling == "mean":  # the value head reads the mean of all states so far
+            read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
+        values = to_tokens(model.value_head(read[chosen]).squeeze(-1), part.mask)
+    if not token_head or model.lm.get_output_embeddings() is None:  # the separate critic has none
         return [None, None, values, None]
     with torch.no_grad():
-        ref_states = reference.hidden(**inputs)[row, column] if reference else hidden.new_zeros(len(row), 0)
+        ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(row), 0)
 
     def head(states: Tensor, ref_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logp = model.logits(states, temperature).log_softmax(-1)
@@ -841,32 +1053,36 @@ def forward(model: LanguageModel, part: Rollout, temperature: float, reference: 
         kl = full_kl(logp, reference.logits(ref_states, temperature)) if reference else torch.zeros_like(entropy)
         return logp.gather(1, targets[:, None])[:, 0], entropy, kl
 
-    targets = torch.tensor([token for response in part.responses for token in response], device=row.device)
-    flat = over_chunks(head, model.num_tokens, hidden[row, column], ref_states, targets)
+    flat = over_chunks(head, model.num_tokens, hidden[chosen], ref_states, ids[chosen + 1])
     logprobs, entropy, kl = (to_tokens(x, part.mask) for x in flat)
     return [logprobs, entropy, values, kl if reference else None]
 
 
-def micro_batches(rows: list[int], rollout: Rollout, config: Config) -> Iterator[tuple[list[int], Rollout]]:
-    """Rows of similar length, each group within micro_batch_tokens (padding included) and ppo_micro_batch_size."""
-    length = {i: len(rollout.prompts[i]) + len(rollout.responses[i]) for i in rows}
-    group: list[int] = []
-    for i in sorted(rows, key=lambda i: (-length[i], i)):
-        full = group and (len(group) + 1) * length[group[0]] > config.micro_batch_tokens
-        if full or len(group) == config.ppo_micro_batch_size:
-            yield group, rollout.take(group)
-            group = []
+def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
+    """Rows within micro_batch_tokens and ppo_micro_batch_size: longest first, each into the first group with room."""
+    groups: list[tuple[list[int], list[int]]] = []  # rows, their lengths
+    for length, i in sorted((-len(rollout.prompts[i] + rollout.responses[i]), i) for i in rows):
+        for group, lengths in groups:
+            if sum(lengths) - length <= c.micro_batch_tokens and len(group) != c.ppo_micro_batch_size:
+                break
+        else:
+            group, lengths = [], []
+            groups.append((group, lengths))
         group.append(i)
-    yield group, rollout.take(group)
+        lengths.append(-length)
+    for group, _ in groups:
+        yield group, rollout.take(group)
 
 
 @torch.no_grad()
-def score_tokens(model: LanguageModel, head: int, rollout: Rollout, c: Config, reference=None) -> Tensor:
-    """Output `head` of forward() for a whole rollout, micro-batch by micro-batch: [B, T]."""
-    result = torch.zeros_like(rollout.mask)
+def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
+    """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
+    results = [torch.zeros_like(rollout.mask) for _ in range(4)]
     for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c):
-        result[rows, : part.mask.shape[1]] = forward(model, part, c.temperature, reference)[head]
-    return result
+        for result, x in zip(results, forward(model, part, c.temperature, reference, token_head), strict=True):
+            if x is not None:
+                result[rows, : part.mask.shape[1]] = x
+    return results
 
 
 def shape_scores(scores: Tensor, lengths: Tensor, stopped: Tensor, config: Config) -> Tensor:
@@ -887,13 +1103,13 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
     """Fills in ref_logprobs and kl, for the estimator in use."""
     rollout.ref_logprobs = rollout.old_logprobs  # reference previous
     if models.reference is not None:
-        rollout.ref_logprobs = score_tokens(models.reference, LOGPROBS, rollout, config)
+        rollout.ref_logprobs = score_tokens(models.reference, rollout, config)[LOGPROBS]
     if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
         w = torch.tensor(config.reference_mix, device=rollout.mask.device)
         mixed = torch.logaddexp(rollout.ref_logprobs + (1 - w).log(), rollout.old_logprobs + w.log())
         rollout.ref_logprobs = mixed.masked_fill(rollout.mask == 0, 0.0)
     if config.kl_kind == "full":
-        rollout.kl = score_tokens(models.actor.model, FULL_KL, rollout, config, models.reference)
+        rollout.kl = score_tokens(models.actor.model, rollout, config, models.reference)[FULL_KL]
     else:
         rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
 
@@ -921,8 +1137,13 @@ def collect_rollout(
     lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
     rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
     rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
-    if policy.lm.dtype != torch.float32:  # bf16 rounds by batch shape: take the update's kind of pass
-        rollout.old_logprobs = score_tokens(policy, LOGPROBS, rollout, config)
+    rounded = policy.lm.dtype != torch.float32 and not config.on_policy
+    if rounded or policy.value_head is not None:
+        logprobs, _, rollout.old_values, _ = score_tokens(policy, rollout, config, token_head=rounded)
+    if models.critic:
+        rollout.old_values = score_tokens(models.critic.model, rollout, config)[VALUES]
+    if rounded:  # bf16 rounds by batch shape: take the update's kind of pass
+        rollout.old_logprobs = logprobs
         metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
     if config.kl_coef:
         measure_kl(models, rollout, config)
@@ -933,9 +1154,6 @@ def collect_rollout(
     rollout.rewards = compute_rewards(scores, rollout.kl, mask, kl_coef if config.kl_in_reward else 0.0, discount)
     if config.whiten_rewards:
         rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
-    if config.uses_critic:
-        critic = models.critic.model if models.critic else policy
-        rollout.old_values = score_tokens(critic, VALUES, rollout, config)
     rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
@@ -945,20 +1163,65 @@ def collect_rollout(
     return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
 
 
+@torch.no_grad()
+def distance_from_plain(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> float:
+    """How far a policy's probabilities, in sampling and in packed passes, are from those of plain passes, at most.
+
+    For a critic: the relative distance of its hidden states.
+    """
+    lm, c = model.lm, dataclasses.replace(c, max_response_length=8, temperature=1.0)
+    attention, policy, responses = lm.config._attn_implementation, lm.get_output_embeddings() is not None, prompts
+    if policy:
+        responses, sampled = generate(model, prompts, stop_ids, c, seeded(lm.device, "check"))
+    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    ids, packed = pack(sequences, lm.device)
+    states = model.hidden(ids, packed)
+    lm.set_attn_implementation(model.own_attention)
+    plain = torch.cat([lm(torch.tensor([x], device=lm.device))[0][0].float() for x in sequences])  # logits, or states
+    lm.set_attn_implementation(attention)
+    if not policy:
+        return ((states - plain).norm() / plain.norm()).item()
+    plain = plain[:, : model.num_tokens].softmax(-1)
+    gap = (model.logits(states, 1.0).softmax(-1) - plain).abs().max()
+    for start, prompt, logprobs in zip(packed.starts.tolist(), prompts, sampled, strict=False):
+        first = start + len(prompt)
+        expected = plain[torch.arange(first - 1, first - 1 + len(logprobs)), ids[first : first + len(logprobs)]]
+        gap = torch.maximum(gap, (logprobs.exp() - expected).abs().max())
+    return gap.item()
+
+
+def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> None:
+    """Makes sure that sampling and packed passes give what plain passes give; else sequences go one by one from now on.
+
+    Raises UsageError if that is not enough.
+    """
+    name, tolerance = type(model.lm).__name__, 1e-4 if model.lm.dtype == torch.float32 else 5e-2
+    for packs, attention in ((True, "packed"), (False, model.own_attention)):
+        model.lm.set_attn_implementation(attention)
+        model.packs, model.engine, found = packs, None, "passes fail"
+        with contextlib.suppress(Exception):  # what an unknown architecture raises; nothing works without this
+            found = distance_from_plain(model, prompts, stop_ids, c)
+            if found <= tolerance:
+                return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
+    raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
+
+
 # ---- Update ---------------------------------------------------------------------------------------------------------
 
 
 def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
     """The loss of a micro-batch, a sum over its tokens, and what to log of each token."""
-    uses_kl = c.use_kl_loss and c.kl_coef > 0
+    uses_kl, old_logprobs = c.use_kl_loss and c.kl_coef > 0, part.old_logprobs
     reference = models.reference if uses_kl and c.kl_kind == "full" else None
     logprobs, entropy, values, kl = forward(models.actor.model, part, c.temperature, reference)
+    if c.on_policy and models.actor.model.lm.dtype != torch.float32:
+        old_logprobs = logprobs.detach()  # as exact as a pass of its own, which collect_rollout has saved
     low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
     high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
     loss, ratio, clipped, bounded = clipped_policy_loss(
-        logprobs, part.old_logprobs, part.advantages, low, high, c.clip_ratio_c)
+        logprobs, old_logprobs, part.advantages, low, high, c.clip_ratio_c)
     logged = {"policy/loss": loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
-              "policy/approx_kl": estimate_kl(part.old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
+              "policy/approx_kl": estimate_kl(old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
     loss = loss - c.entropy_coeff * entropy
     if uses_kl:
         loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
@@ -996,12 +1259,15 @@ def train_mini_batch(
         for name, x in logged.items():
             sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
     sums["tokens"] = rollout.mask[batch].sum()
-    result = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist(), strict=True))
+    totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
+    result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
     stop_kl = math.inf if c.early_stop_kl is None else c.early_stop_kl
     result["stopped"] = result.get("policy/approx_kl", 0.0) > stop_kl * result["tokens"]
     if result["stopped"]:
         learner.drop_gradient()
-    return result | {"grad_norm": math.nan if result["stopped"] else learner.step(lr_factor)}
+        return result | {"grad_norm": math.nan}
+    learner.step(lr_factor, result["grad_norm"])
+    return result
 
 
 def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
@@ -1032,7 +1298,7 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
                 break
         if held_out:
             part = rollout.take(held_out)
-            values = score_tokens(learner.model, VALUES, part, c)
+            values = score_tokens(learner.model, part, c)[VALUES]
             loss, _ = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
             losses.append(masked_mean(loss, part.mask).item())
         if history[-1]["stopped"] or (held_out and losses[-1] >= losses[-2]):
@@ -1249,6 +1515,8 @@ def main(config: Config) -> None:
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
+    for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
+        check_passes(model, [example.prompt for example in train[:2]], models.stop_ids, config)
     target = config.kl_ctrl_target or {"token": 0.1, "sequence": 6.0}[config.kl_ctrl_unit]
     target = target if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0

@@ -7,7 +7,7 @@ train.jsonl / test.jsonl with {"question": ..., "answer": "...\n#### N"} rows wh
 fine-tuned from random weights on freshly generated problems. One-step problems always come with a right solution; a
 coin that knows nothing of the question spoils most two-step solutions with one typical mistake: the solution stops
 after the first step, or adds where it should subtract. Greedy decoding therefore makes the mistake almost always, while
-sampling at temperature 1 solves about two two-step problems in five: a policy-gradient method has a signal from its
+sampling at temperature 1 solves about one two-step problem in five: a policy-gradient method has a signal from its
 first batch on, and the ability to reach a high accuracy is already in the weights.
 
 No question of test.jsonl occurs in train.jsonl or in the fine-tuning data, not even with other names: the questions are
@@ -194,7 +194,7 @@ class Args:
     train_rows: int = 4000  # rows of train.jsonl
     test_rows: int = 600  # rows of test.jsonl
     one_step: float = 0.36  # share of one-step problems; greedy accuracy comes out close to it
-    fault: float = 0.62  # share of two-step fine-tuning solutions that are spoiled; above .6 greedy is surely faulty
+    fault: float = 0.8  # share of two-step fine-tuning solutions that are spoiled: all templates far from one half
     vocab: int = 960  # tokens, a multiple of 64
     hidden: int = 128  # width of the model
     layers: int = 4  # blocks of the model

@@ -1,5 +1,6 @@
 """What the tests share: tiny random models in ordinary Hugging Face folders, and configs that use them on the CPU."""
 
+import copy
 import csv
 import json
 import os
@@ -56,6 +57,13 @@ def make_lm(kind: str = "qwen2", seed: int = 0, **changes) -> transformers.PreTr
     torch.manual_seed(seed)
     shape = (GPT2_SHAPE if kind == "gpt2" else SHAPE) | changes
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **shape)).eval()
+
+
+def plain(lm: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """A copy that computes attention as transformers does: what the packed passes are compared with."""
+    twin = copy.deepcopy(lm)
+    twin.set_attn_implementation("eager")
+    return twin
 
 
 def save_folder(folder: Path, lm: transformers.PreTrainedModel, tokenizer=None) -> Path:

@@ -329,9 +329,11 @@ def test_the_exported_model_is_a_plain_one_with_the_trained_policys_logits(tied,
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     ids = torch.tensor([[5, 6, 9, 30]])
     with torch.no_grad():
+        kept[0].actor.model.lm.set_attn_implementation("sdpa")
         logits, trained = exported(ids).logits, kept[0].actor.model.lm(ids).logits
         before = transformers.AutoModelForCausalLM.from_pretrained(start)(ids).logits
     assert torch.equal(logits, trained) and not torch.allclose(logits, before, atol=1e-3)
+    assert "packed" not in (tmp_path / "run" / "model" / "config.json").read_text()
     assert (exported.get_output_embeddings().weight is exported.get_input_embeddings().weight) == tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
     assert tokenizer("abc").input_ids == make_tokenizer()("abc").input_ids

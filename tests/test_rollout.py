@@ -1,18 +1,31 @@
 """Sampling, log-probs, values, the reference policy, and what collect_rollout makes of them."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import collect, make_config, make_lm, make_models, make_prompts, make_tokenizer, save_folder, take_steps
+import torch.nn.attention.varlen
+from conftest import (
+    collect,
+    make_config,
+    make_lm,
+    make_models,
+    make_prompts,
+    make_tokenizer,
+    plain,
+    save_folder,
+    take_steps,
+)
 from transformers import GenerationConfig
 
 import ppo_llm
 from ppo_llm import Config, Example, LanguageModel, Rollout, forward, generate
 
 FAMILIES = {"qwen2": {}, "llama": {}, "gpt2": {}, "gemma": {"head_dim": 8}, "mistral": {"sliding_window": 8},
-            "gemma3_text": {"head_dim": 8, "sliding_window": 8}, "gpt_neox": {"num_key_value_heads": None}}
+            "gemma3_text": {"head_dim": 8, "sliding_window": 8}, "gpt_neox": {"num_key_value_heads": None},
+            "qwen3": {"head_dim": 16}, "olmo2": {}, "phi3": {"partial_rotary_factor": 1.0}, "starcoder2": {},
+            "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25},
+            "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None}}
 STOP = {1, *range(20, 34)}
 
 
@@ -32,7 +45,7 @@ def noise(seed: int = 0) -> torch.Generator:
 def plain_logp(lm, prompt: list, response: list, temperature: float = 1.0, size: int = 64) -> torch.Tensor:
     """Log-probabilities [T, V] of every token at every position of one response, by one ordinary pass."""
     with torch.no_grad():
-        logits = lm(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :size]
+        logits = plain(lm)(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :size]
     return (logits / temperature).log_softmax(-1)
 
 
@@ -47,10 +60,11 @@ def close(x, y, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_greedy_tokens_are_those_of_transformers_generate(kind, monkeypatch):
     policy, prompts, lengths = make_policy(kind), make_prompts(7, longest=20), set()
+    lm = plain(policy.lm)
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = policy.lm.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False,
+        out = lm.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False,
                                  eos_token_id=sorted(STOP), pad_token_id=0)
         expected.append(out[0, len(prompt) :].tolist())
         lengths.add(len(expected[-1]))
@@ -59,6 +73,94 @@ def test_greedy_tokens_are_those_of_transformers_generate(kind, monkeypatch):
         monkeypatch.setattr(ppo_llm, "CHECK_EVERY", every)
         tokens, _ = generate(policy, prompts, STOP, Config(rollout_slots=slots, max_response_length=12), None)
         assert tokens == expected, (slots, every)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("count", [1, 2, 5, 7])
+def test_what_is_sampled_does_not_depend_on_slots_or_on_the_number_of_steps_between_looks(count, slots, monkeypatch):
+    policy, prompts, results = make_policy(), make_prompts(count, longest=20), []
+    for size, every in ((64, 8), (slots, 1), (slots, 3)):
+        monkeypatch.setattr(ppo_llm, "CHECK_EVERY", every)
+        results.append(generate(policy, prompts, STOP, Config(rollout_slots=size, max_response_length=9), noise()))
+    for tokens, logprobs in results[1:]:
+        assert tokens == results[0][0]
+        for x, y in zip(logprobs, results[0][1], strict=True):
+            close(x, y)
+
+
+def test_a_response_of_one_token_and_a_limit_of_one_token_work():
+    policy, prompts = make_policy(), make_prompts(5)
+    everything = set(range(64))
+    for stop_ids, limit in ((everything, 8), (STOP, 1), (everything, 1)):
+        config = Config(max_response_length=limit, rollout_slots=2)
+        tokens, logprobs = generate(policy, prompts, stop_ids, config, noise())
+        assert [len(x) for x in tokens] == [1] * 5 == [len(x) for x in logprobs]
+
+
+def test_prompts_are_read_within_the_token_budget():
+    policy = make_policy()
+    widths = count_tokens(policy)
+    generate(policy, [[5] * 6] * 5, STOP, Config(max_response_length=1, micro_batch_tokens=13), noise())
+    assert widths == [12, 12, 6]
+
+
+def test_steps_that_are_replayed_by_graphs_sample_the_same(monkeypatch):
+    """A stand-in for CUDA graphs: what is replayed is the step for a fixed number of slots, whatever is idle there."""
+    captured, replayed = [], []
+
+    def capture(step, pool):
+        step()
+        captured.append(step.args[0])
+        return lambda: (replayed.append(step.args[0]), step())
+
+    monkeypatch.setattr(ppo_llm, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    policy, prompts, config = make_policy(), make_prompts(9), Config(rollout_slots=6, max_response_length=12)
+    greedy, sampled = (generate(policy, prompts, STOP, config, x) for x in (None, noise()))
+    with torch.inference_mode():
+        policy.engine.capture()
+    assert captured == [6, 6, 3, 3, 1, 1]  # the largest first, greedy and sampling
+    for expected, generator in ((greedy, None), (sampled, noise()), (sampled, noise())):
+        tokens, logprobs = generate(policy, prompts, STOP, config, generator)
+        assert tokens == expected[0]
+        for x, y in zip(logprobs, expected[1], strict=True):
+            close(x, y)
+    assert {3, 6} <= set(replayed) <= {1, 3, 6}
+
+
+def flash_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
+                   seqused_k=None):
+    """What torch documents of varlen_attn (2.11: no enable_gqa), sequence by sequence, aligned at the last token."""
+    out = []
+    for i, (a, b, c, d) in enumerate(zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False)):
+        d = d if seqused_k is None else c + seqused_k[i]
+        assert b - a <= max_q and d - c <= max_k and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        place = torch.arange(d - c)[None] - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
+        left, right = (10**6 if x < 0 else x for x in window_size)
+        q, k, v = query[a:b].transpose(0, 1), key[c:d].transpose(0, 1), value[c:d].transpose(0, 1)
+        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill((place < -left) | (place > right), -math.inf)
+        out.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+def later_stand_in(*args, enable_gqa=False, **options):  # torch 2.13
+    assert enable_gqa
+    return flash_stand_in(*args, **options)
+
+
+@pytest.mark.parametrize("varlen_attn", [flash_stand_in, later_stand_in])
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma3_text"])
+def test_the_flash_path_calls_torchs_kernel_as_it_is_documented(kind, varlen_attn, monkeypatch):
+    policy, prompts, config = make_policy(kind), make_prompts(7, longest=20), Config(max_response_length=12)
+    monkeypatch.setattr(ppo_llm, "has_flash", lambda x: True)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    responses, sampled = generate(policy, prompts, STOP, config, noise())
+    logprobs = forward(policy, make_part(prompts, responses), 1.0)[0]
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        expected = plain_logp(policy.lm, prompt, response).gather(1, torch.tensor(response)[:, None])[:, 0]
+        close(logprobs[i, : len(response)], expected)
+        close(sampled[i], expected)
 
 
 def make_counter() -> LanguageModel:
@@ -154,22 +256,38 @@ def test_logprobs_of_sampling_and_of_training_are_those_of_a_plain_pass(kind, te
         close(logprobs[i, :n], expected)
         close(entropy[i, :n], torch.distributions.Categorical(logits=logp).entropy())
         with torch.no_grad():
-            hidden = policy.lm(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
+            hidden = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
         close(values[i, :n], policy.value_head(hidden)[len(prompt) - 1 : -1, 0])
         for x in (logprobs, entropy, values):
             assert not x[i, n:].any()
 
 
-@pytest.mark.parametrize(("kind", "setting"), [("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
-                                               ("granite", {"logits_scaling": 4.0}), ("cohere", {"logit_scale": 0.25})])
-def test_a_model_that_scales_or_caps_its_logits_is_refused_or_gets_right_logprobs(kind, setting, tmp_path):
-    config = make_config(save_folder(tmp_path / "m", make_lm(kind, **setting)))
-    try:
-        policy = make_models(config).actor.model
-    except ppo_llm.UsageError:
-        return
-    logprobs = forward(policy, make_part([[5, 9]], [[7, 8, 9]]), 1.0)[0]
-    close(logprobs[0], plain_logp(policy.lm, [5, 9], [7, 8, 9]).gather(1, torch.tensor([[7], [8], [9]]))[:, 0])
+@pytest.mark.parametrize(("kind", "setting", "packs"), [
+    ("qwen2", {}, True), ("granite", {"logits_scaling": 4.0}, True), ("cohere", {"logit_scale": 0.25}, True),
+    ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}, False),
+    ("bloom", {"n_layer": 2, "n_head": 4}, False)])
+def test_the_check_at_the_start_finds_out_how_to_pass_sequences(kind, setting, packs, capsys):
+    lm = make_lm(kind, **setting)
+    policy, prompts, config = LanguageModel(lm, 64, False, Config()), make_prompts(5), Config(max_response_length=12)
+    ppo_llm.check_passes(policy, prompts[:2], STOP, config)
+    assert policy.packs == packs
+    assert ("slow" in capsys.readouterr().err) == (not packs)
+    responses, sampled = generate(policy, prompts, STOP, config, noise())
+    logprobs = forward(policy, make_part(prompts, responses), 1.0)[0]
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        expected = plain_logp(lm, prompt, response).gather(1, torch.tensor(response)[:, None])[:, 0]
+        close(logprobs[i, : len(response)], expected)
+        close(sampled[i], expected)
+
+
+def test_a_model_whose_logits_cannot_be_reproduced_is_refused(monkeypatch):
+    policy = make_policy()
+    real = policy.logits
+    monkeypatch.setattr(policy, "logits", lambda hidden, temperature: real(hidden, temperature) + hidden[..., :1])
+    ppo_llm.check_passes(policy, make_prompts(2), STOP, Config())  # adding the same to all logits changes nothing
+    monkeypatch.setattr(policy, "logits", lambda hidden, temperature: real(hidden, temperature) * 1.01)
+    with pytest.raises(ppo_llm.UsageError, match="cannot be reproduced"):
+        ppo_llm.check_passes(policy, make_prompts(2), STOP, Config())
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -185,29 +303,35 @@ def test_a_forward_pass_does_not_depend_on_padding_order_or_company(pooling):
             close(x[i, : i + 1], y[8 - i, : i + 1])
 
 
-def test_what_the_trunk_makes_of_padding_reaches_no_result_and_no_gradient(monkeypatch):
+def count_tokens(policy: LanguageModel) -> list[int]:
+    """Tokens of every pass from now on."""
+    widths = []
+    embedding = policy.lm.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    return widths
+
+
+def test_no_pass_computes_a_token_of_padding():
     policy = make_policy()
-    part = make_part([[5, 9, 12], [4]], [[7, 8, 9, 10], [11]])
-    expected = forward(policy, part, 1.0)[:3]
-    trunk = policy.lm.base_model.forward
+    widths = count_tokens(policy)
+    forward(policy, make_part([[5, 9, 12], [4]], [[7, 8, 9, 10], [11]]), 1.0)
+    assert widths == [9]
 
-    def spoiled(**inputs):
-        output = trunk(**inputs)
-        padding = torch.arange(7)[None, :, None] >= torch.tensor([7, 2])[:, None, None]
-        return SimpleNamespace(last_hidden_state=output.last_hidden_state.masked_fill(padding, math.nan))
 
-    monkeypatch.setattr(policy.lm.base_model, "forward", spoiled)
-    results = forward(policy, part, 1.0)[:3]
-    assert all(map(torch.equal, results, expected))
-    sum(x.sum() for x in results).backward()
-    assert policy.lm.lm_head.weight.grad.isfinite().all()
-    assert policy.value_head.weight.grad.isfinite().all()
+def test_a_slot_is_refilled_as_soon_as_its_response_has_ended_and_the_tail_is_compacted(monkeypatch):
+    monkeypatch.setattr(ppo_llm, "CHECK_EVERY", 2)
+    counter = make_counter()
+    widths, prompts = count_tokens(counter), [[29 - n] for n in (1, 5, 3, 7, 1)]
+    tokens, _ = generate(counter, prompts, {30}, Config(max_response_length=20, rollout_slots=2), None)
+    assert [len(x) for x in tokens] == [2, 6, 4, 8, 2]
+    # two prompts; two steps end the first, whose slot takes the next prompt: lengths 2 and 8, then 2, 4 and 6 beside it
+    assert sum(widths) < 2 * 8 + 2 * 5 + 14 and widths[0] == 2 and widths[-1] == 1
 
 
 def test_mean_pooling_gives_the_value_of_the_mean_of_all_states_so_far():
     policy, prompt, response = make_policy(value_pooling="mean"), [5, 9, 12], [7, 8, 9]
     values = forward(policy, make_part([prompt], [response]), 1.0)[2][0]
-    hidden = policy.lm(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
+    hidden = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
     close(values, torch.stack([policy.value_head(hidden[: 3 + t].mean(0))[0] for t in range(3)]))
 
 

@@ -28,12 +28,12 @@ def gradients(monkeypatch) -> list:
     """The gradient of every mini-batch; the weights stay as they are."""
     kept = []
 
-    def step(learner, lr_factor):
+    def keep(learner):
         kept.append([w.grad.clone() for w in learner.masters if w.grad is not None])
-        learner.drop_gradient()
-        return 1.0
+        return torch.tensor(1.0)
 
-    monkeypatch.setattr(Learner, "step", step)
+    monkeypatch.setattr(Learner, "clip_gradient", keep)
+    monkeypatch.setattr(Learner, "step", lambda learner, lr_factor, grad_norm: learner.drop_gradient())
     return kept
 
 
@@ -42,10 +42,9 @@ def steps(monkeypatch) -> list:
     """(learner, learning rates of its groups, weights) after every optimizer step."""
     kept, real = [], Learner.step
 
-    def step(learner, lr_factor):
-        norm = real(learner, lr_factor)
+    def step(learner, lr_factor, grad_norm):
+        real(learner, lr_factor, grad_norm)
         kept.append((learner, [g["lr"] for g in learner.optimizer.param_groups], weights_of(learner)))
-        return norm
 
     monkeypatch.setattr(Learner, "step", step)
     return kept
@@ -219,8 +218,8 @@ def test_exactly_the_positions_that_choose_a_response_token_get_a_gradient(respo
     policy, seen = models.actor.model, []
     real = policy.hidden
 
-    def hidden(**inputs):
-        seen.append(real(**inputs))
+    def hidden(ids, packed):
+        seen.append(real(ids, packed))
         seen[-1].retain_grad()
         return seen[-1]
 
@@ -228,7 +227,9 @@ def test_exactly_the_positions_that_choose_a_response_token_get_a_gradient(respo
     part.old_logprobs = forward(policy, part, 1.0)[0].detach()
     actor_loss(models, part, mask, 0.0, config)[0].backward()
     found = (seen[-1].grad.abs().sum(-1) > 0).nonzero().tolist()
-    assert found == [[i, n - 1 + t] for i, n in ((0, 3), (1, 1)) for t in range(len(responses[i]))]
+    starts = (0, 3 + len(responses[0]))
+    assert found == [[start + n - 1 + t] for start, n, r in zip(starts, (3, 1), responses, strict=True)
+                     for t in range(len(r))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_bf16_weights_move_through_their_fp32_masters(folder):
         for master, copy in zip(learner.masters, plain, strict=True):
             copy.grad = master.grad.to(copy.dtype, copy=True)
         optimizer.step()
-        learner.step(1.0)
+        learner.step(1.0, learner.clip_gradient().item())
     rounded = [copy.detach().float() for copy in plain]
     body = slice(0, len(before) - 2)  # the value head is fp32 anyway
 
