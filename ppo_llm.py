@@ -28,14 +28,11 @@ Where this differs from the papers and from other code, on purpose:
 """
 
 import copy
-import csv
-import dataclasses
 import hashlib
 import importlib
 import json
 import math
 import numbers
-import os
 import re
 import runpy
 import shlex
@@ -44,11 +41,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import datasets
+import pandas
 import torch
 import transformers
 import tyro
@@ -211,17 +210,14 @@ def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
     separate = any(getattr(c, f"critic_{x}") for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split())
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
-    positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
-        total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size
-        temperature micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
-        kl_ctrl_target attribution_discount top_p cliprange_value length_adaptive_alpha early_stop_kl"""
-    refused = [(getattr(c, name) is not None and not getattr(c, name) > 0, f"{name} must be positive")
-               for name in positive.split()]
-    not_negative = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
-        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples"""
-    refused += [(not (getattr(c, name) or 0) >= 0, f"{name} must not be negative") for name in not_negative.split()]
-    refused += [(not 0 <= (getattr(c, name) or 0) <= 1, f"{name} must lie between 0 and 1")
-                for name in "reference_mix attribution_discount top_p gamma lam lam_critic".split()]
+    given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
+    exempt = "seed missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam lam_critic".split()
+    at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
+    may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
+        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples""".split()
+    refused = [(name in at_most_1 and not 0 <= x <= 1, f"{name} must lie between 0 and 1") for name, x in given.items()]
+    refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
+    refused += [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
     refused += [
         (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
         (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
@@ -272,6 +268,7 @@ class Example:
 def read_rows(source: str, split: str) -> list[dict]:
     """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError with file:line."""
     path, where = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source), source
+    name, part, named_split = f"{source}::".split(":", 2)
     try:
         if path.suffix == ".jsonl":
             rows = []
@@ -280,15 +277,11 @@ def read_rows(source: str, split: str) -> list[dict]:
                 rows += [json.loads(line)] if line.strip() else []
         elif path.suffix == ".json":
             rows = json.loads(path.read_bytes())
+        elif path.suffix in (".csv", ".parquet"):
+            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
         else:
-            from datasets import load_dataset
-
-            name, part, named_split = f"{source}::".split(":", 2)
-            if path.suffix in (".csv", ".parquet"):
-                rows = load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
-            else:
-                part = part or ("main" if name.endswith("gsm8k") else None)
-                rows = load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
+            part = part or ("main" if name.endswith("gsm8k") else None)
+            rows = datasets.load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
     except Exception as error:  # whatever the reader says, the user can only mend the source
         raise UsageError(f"{where}: {error.__cause__ or error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -309,9 +302,8 @@ def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, 
 
 def render_prompt(messages: list[dict], tokenizer) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to speak."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them: no second BOS
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt has not ended
 
@@ -320,6 +312,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
     """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
     prompt_column, answer_column = find_columns(list(rows[0]), config, source)
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    mode = config.overlong_prompt if training else "truncate_left"
     limit, overlong, examples = config.max_prompt_length, 0, []
     for number, row in enumerate(rows, 1):
         messages, answer = row.get(prompt_column), row.get(answer_column)
@@ -336,15 +329,13 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
         if not texts or len(texts) < len(messages) or not all(texts):
             raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
         ids = render_prompt(system + messages, tokenizer)
-        if len(ids) > limit:
-            overlong += 1
-            if training and config.overlong_prompt == "error":
-                raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
-            if training and config.overlong_prompt == "drop":
-                continue
-        examples.append(Example(texts[-1], answer, ids[-limit:]))
+        overlong += len(ids) > limit
+        if len(ids) > limit and mode == "error":
+            raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
+        if len(ids) <= limit or mode == "truncate_left":
+            examples.append(Example(texts[-1], answer, ids[-limit:]))
     if overlong:
-        done = "dropped" if len(examples) < len(rows) else "truncated on the left"
+        done = "dropped" if mode == "drop" else "truncated on the left"
         warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
     return examples
 
@@ -416,10 +407,7 @@ def score_responses(reward: Callable, examples: list[Example], texts: list[str])
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face model and, where values are wanted, a linear fp32 head on its hidden states.
-
-    The policy chooses among num_tokens: embedding rows beyond the tokenizer (Qwen2.5 has 271) are no part of it.
-    """
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear fp32 head."""
 
     def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
         super().__init__()
@@ -445,14 +433,11 @@ class LanguageModel(nn.Module):
 
 
 class Learner:
-    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file.
-
-    bf16 weights have fp32 masters, and micro-batch gradients fp32 sums: steps of 1e-6 are lost in the 8 bits of bf16.
-    """
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
         self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        self.weights = list(model.parameters())
+        self.weights = list(model.parameters())  # bf16 has 8 bits, too few for steps of 1e-6: masters and sums are fp32
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
         groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
@@ -474,14 +459,11 @@ class Learner:
             group["lr"] = group["base_lr"] * lr_factor
         if math.isfinite(grad_norm):
             self.optimizer.step()
-            self.copy_masters()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(master)  # a weight in fp32 is its own master
         self.skipped_steps += not math.isfinite(grad_norm)
         self.drop_gradient()
         return grad_norm
-
-    def copy_masters(self) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.data.copy_(master)  # a weight in fp32 is its own master
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -500,15 +482,13 @@ class Learner:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        tensors, states = load_file(path), [{} for _ in self.masters]
+        tensors = load_file(path, device=str(self.masters[0].device))
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():
-            states[int(name.split(".")[0])][name.split(".")[1]] = x
-        for master, state in zip(self.masters, states, strict=True):
-            master.copy_(state.pop("weight"))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {i: x for i, x in enumerate(states) if x}, "param_groups": groups})
-        self.copy_masters()
+            index, key = name.split(".")
+            self.optimizer.state[self.masters[int(index)]][key] = x
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(master.copy_(self.optimizer.state[master].pop("weight")))
 
 
 @dataclass
@@ -536,7 +516,7 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
 
 def build_models(tokenizer, config: Config) -> Models:
     lm = load_lm(config.model, AutoModelForCausalLM, config)
-    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])
+    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows too many
     eos = lm.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
@@ -1053,16 +1033,16 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
-    rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
-    columns, metrics = {"score": scores}, {}
+    rollout.scores = score_responses(reward, examples, rollout.texts)
+    columns, metrics, everyone = {"score": rollout.scores}, {}, torch.ones(len(examples)).double()
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
-        columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
+        columns |= {"accuracy": rollout.scores, "accuracy_flexible": torch.tensor(flexible)}
     for name, x in columns.items():
-        count, total, squares = sum_over_ranks(torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])).tolist()
-        variance = max(0.0, squares / count - (total / count) ** 2) * count / max(count - 1, 1)
-        metrics[f"eval/{name}"] = total / count
-        metrics["eval/standard_error" + name.partition("_")[1] + name.partition("_")[2]] = math.sqrt(variance / count)
+        mean, count = masked_mean(x.double(), everyone), sum_over_ranks(everyone.sum())
+        variance = masked_mean((x - mean).square(), everyone) / (count - 1).clamp(min=1)
+        error = re.sub("score|accuracy", "standard_error", name)
+        metrics |= {f"eval/{name}": mean.item(), f"eval/{error}": variance.sqrt().item()}
     return metrics, describe(rollout, "eval", models, config)
 
 
@@ -1108,8 +1088,8 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
 def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     metrics = {name: float(x) for name, x in metrics.items()}
-    with open(run_dir / "training_metrics.csv", "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow([step, *(metrics.get(name, "") for name in METRICS[1:])])
+    row = pandas.DataFrame([{"step": step} | metrics], columns=METRICS)
+    row.to_csv(run_dir / "training_metrics.csv", mode="a", header=False, index=False)
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
@@ -1123,7 +1103,6 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
 def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     """summary.json and training_curves.png, made from training_metrics.csv. Returns the rows with an evaluation."""
     import matplotlib.figure
-    import pandas
 
     table = pandas.read_csv(run_dir / "training_metrics.csv")
     evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
@@ -1131,9 +1110,9 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
                "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
-               "resume_command": shlex.join(command), "config": dataclasses.asdict(config)}
+               "resume_command": shlex.join(command), "config": asdict(config)}
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
-    os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
+    (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
     figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
     panels = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
                 value/explained_variance rollout/response_length""".split()
@@ -1150,20 +1129,18 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError.
-
-    A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
-    """
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
     name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir, link = Path(config.output_dir or Path("output", name)), Path("output", "ppo_metrics")
-    start = (checkpoints(run_dir) or [None])[-1] if config.resume != "never" else None
-    if config.resume not in ("auto", "never", "must"):
-        start = Path(config.resume)
-    if (start and not (start / "state.json").is_file()) or (config.resume == "must" and not start):
-        raise UsageError(f"resume {config.resume}: no checkpoint in {start or run_dir}")
+    own_dir, link = Path("output", name), Path("output", "ppo_metrics")
+    run_dir = Path(config.output_dir or own_dir)
+    newest = next(reversed(checkpoints(run_dir)), None)
+    start = {"auto": newest, "never": None, "must": newest or run_dir}.get(config.resume, Path(config.resume))
+    if start and not (start / "state.json").is_file():
+        raise UsageError(f"resume {config.resume}: no checkpoint in {start}")
     inside = start is not None and run_dir.resolve() in start.resolve().parents
     if config.eval_only and inside:
-        run_dir, inside = Path("output", name), False  # an evaluation of a run adds nothing to its folder
+        run_dir, inside = own_dir, False  # an evaluation of a run adds nothing to its folder
+    # A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
     present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
     died = "summary.json" in present and '"status": "running"' in (run_dir / "summary.json").read_text()
     if present and not inside and (checkpoints(run_dir) or present - RUN_FILES or not died):
@@ -1172,7 +1149,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
         (run_dir / "samples.jsonl").write_text("")
-    if run_dir == Path("output", name) and (link.is_symlink() or not link.exists()):
+    if run_dir == own_dir and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(name)
     return run_dir, start
@@ -1188,7 +1165,7 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
         models.critic.save(temporary / "critic.safetensors")
     state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
     (temporary / "state.json").write_text(json.dumps(state))
-    os.replace(temporary, folder)
+    temporary.replace(folder)
     for old in checkpoints(run_dir)[: -config.save_total_limit]:
         shutil.rmtree(old)
 
@@ -1205,8 +1182,8 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config)
     for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
         shutil.rmtree(later)  # the run takes another course from here
     for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the CSV's header
-        steps = [int((re.match(r'(?:\{"step": )?(\d+),', line) or [0, 0])[1]) for line in lines]
+        lines = path.read_text().splitlines(keepends=True)  # the first number of each is its step; the header has none
+        steps = [int((re.search(r"\d+", line) or "0")[0]) for line in lines]
         path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
     return state["step"], state["kl_coef"]
 
@@ -1255,7 +1232,7 @@ def main(config: Config) -> None:
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
     if tracker:
-        tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
+        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     save_summary(run_dir, config, "running")
