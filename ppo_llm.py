@@ -1065,6 +1065,8 @@ METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_fle
     rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
     optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
     time/tokens_per_second""".split()
+CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
+    value/explained_variance rollout/response_length""".split()
 
 
 def check_health(metrics: dict, step: int, said: set[str]) -> None:
@@ -1094,9 +1096,7 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
         tracker.log(metrics, step=step)
-    shown = ("eval/score", "reward/score", "reward/kl", "policy/entropy", "policy/clipfrac", "value/explained_variance",
-             "rollout/response_length", "time/tokens_per_second")
-    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
     tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
 
@@ -1114,9 +1114,7 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
     (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
     figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
-    panels = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
-                value/explained_variance rollout/response_length""".split()
-    for axis, name in zip(figure.subplots(3, 3).flat, panels, strict=True):
+    for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
         points = table[["step", name]].dropna()
         axis.plot(points["step"], points[name])
         axis.set(title=name, xlabel="step")
@@ -1141,9 +1139,9 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if config.eval_only and inside:
         run_dir, inside = own_dir, False  # an evaluation of a run adds nothing to its folder
     # A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
-    present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    died = "summary.json" in present and '"status": "running"' in (run_dir / "summary.json").read_text()
-    if present and not inside and (checkpoints(run_dir) or present - RUN_FILES or not died):
+    present, summary = {path.name for path in run_dir.glob("*")}, run_dir / "summary.json"
+    died = summary.exists() and '"status": "running"' in summary.read_text() and not checkpoints(run_dir)
+    if present and not inside and not (died and present <= RUN_FILES):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not inside:
