@@ -215,9 +215,9 @@ def check_config(c: Config) -> None:
     at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
     may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
         clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples""".split()
-    refused = [(name in at_most_1 and not 0 <= x <= 1, f"{name} must lie between 0 and 1") for name, x in given.items()]
+    refused = [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
     refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
-    refused += [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
+    refused += [(not 0 <= given.get(name, 0) <= 1, f"{name} must lie between 0 and 1") for name in at_most_1]
     refused += [
         (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
         (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
@@ -1033,16 +1033,16 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
-    rollout.scores = score_responses(reward, examples, rollout.texts)
-    columns, metrics, everyone = {"score": rollout.scores}, {}, torch.ones(len(examples)).double()
+    rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
+    columns, metrics = {"score": scores}, {}
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
-        columns |= {"accuracy": rollout.scores, "accuracy_flexible": torch.tensor(flexible)}
+        columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
     for name, x in columns.items():
-        mean, count = masked_mean(x.double(), everyone), sum_over_ranks(everyone.sum())
-        variance = masked_mean((x - mean).square(), everyone) / (count - 1).clamp(min=1)
-        error = re.sub("score|accuracy", "standard_error", name)
-        metrics |= {f"eval/{name}": mean.item(), f"eval/{error}": variance.sqrt().item()}
+        count, total, squares = sum_over_ranks(torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])).tolist()
+        variance = max(0.0, squares / count - (total / count) ** 2) * count / max(count - 1, 1)
+        metrics[f"eval/{name}"] = total / count
+        metrics["eval/standard_error" + name.partition("_")[1] + name.partition("_")[2]] = math.sqrt(variance / count)
     return metrics, describe(rollout, "eval", models, config)
 
 
@@ -1115,8 +1115,7 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
     figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
     for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
-        points = table[["step", name]].dropna()
-        axis.plot(points["step"], points[name])
+        axis.plot("step", name, data=table[["step", name]].dropna())
         axis.set(title=name, xlabel="step")
     figure.savefig(run_dir / "training_curves.png", dpi=80)
     return evaluations
@@ -1205,12 +1204,11 @@ def prepare(config: Config) -> tuple:
     except (OSError, ValueError) as error:
         hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
         raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
-    reward, (train, evals) = load_reward(config.reward), load_examples(tokenizer, config)
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
     except ImportError as error:
         raise UsageError(f"track {config.track}: pip install {config.track}") from error
-    return tokenizer, reward, train, evals, tracker
+    return tokenizer, load_reward(config.reward), *load_examples(tokenizer, config), tracker
 
 
 def main(config: Config) -> None:
@@ -1224,8 +1222,8 @@ def main(config: Config) -> None:
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
-    target = config.kl_ctrl_target or {"token": 0.1, "sequence": 6.0}[config.kl_ctrl_unit]
-    target = target if config.kl_ctrl_type == "adaptive" else None
+    kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
+    target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
@@ -1244,7 +1242,6 @@ def main(config: Config) -> None:
             metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
         if step >= config.critic_warmup:
             metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
-        kl_name = "reward/kl" if config.kl_ctrl_unit == "token" else "reward/kl_sequence"
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
         seconds = time.perf_counter() - clock
         metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
