@@ -29,15 +29,12 @@ Where this differs from the papers and from other code, on purpose:
 
 import contextlib
 import copy
-import csv
-import dataclasses
 import hashlib
 import importlib
 import inspect
 import json
 import math
 import numbers
-import os
 import re
 import runpy
 import shlex
@@ -46,11 +43,13 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import datasets
+import pandas
 import torch
 import transformers
 import tyro
@@ -217,17 +216,14 @@ def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
     separate = any(getattr(c, f"critic_{x}") for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split())
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
-    positive = """train_batch_size rollout_n max_response_length max_prompt_length rollout_slots total_epochs
-        total_steps ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size ppo_micro_batch_size
-        temperature micro_batch_tokens grad_clip save_total_limit eval_size loss_scale_factor score_clip kl_ctrl_horizon
-        kl_ctrl_target attribution_discount top_p cliprange_value length_adaptive_alpha early_stop_kl"""
-    refused = [(getattr(c, name) is not None and not getattr(c, name) > 0, f"{name} must be positive")
-               for name in positive.split()]
-    not_negative = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
-        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples"""
-    refused += [(not (getattr(c, name) or 0) >= 0, f"{name} must not be negative") for name in not_negative.split()]
-    refused += [(not 0 <= (getattr(c, name) or 0) <= 1, f"{name} must lie between 0 and 1")
-                for name in "reference_mix attribution_discount top_p gamma lam lam_critic".split()]
+    given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
+    exempt = "seed missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam lam_critic".split()
+    at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
+    may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
+        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples""".split()
+    refused = [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
+    refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
+    refused += [(not 0 <= given.get(name, 0) <= 1, f"{name} must lie between 0 and 1") for name in at_most_1]
     refused += [
         (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
         (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
@@ -278,6 +274,7 @@ class Example:
 def read_rows(source: str, split: str) -> list[dict]:
     """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError with file:line."""
     path, where = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source), source
+    name, part, named_split = f"{source}::".split(":", 2)
     try:
         if path.suffix == ".jsonl":
             rows = []
@@ -286,15 +283,11 @@ def read_rows(source: str, split: str) -> list[dict]:
                 rows += [json.loads(line)] if line.strip() else []
         elif path.suffix == ".json":
             rows = json.loads(path.read_bytes())
+        elif path.suffix in (".csv", ".parquet"):
+            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
         else:
-            from datasets import load_dataset
-
-            name, part, named_split = f"{source}::".split(":", 2)
-            if path.suffix in (".csv", ".parquet"):
-                rows = load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
-            else:
-                part = part or ("main" if name.endswith("gsm8k") else None)
-                rows = load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
+            part = part or ("main" if name.endswith("gsm8k") else None)
+            rows = datasets.load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
     except Exception as error:  # whatever the reader says, the user can only mend the source
         raise UsageError(f"{where}: {error.__cause__ or error}") from error
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -315,9 +308,8 @@ def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, 
 
 def render_prompt(messages: list[dict], tokenizer) -> list[int]:
     """Token ids of a conversation, up to where the assistant begins to speak."""
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False).input_ids  # the template has written them: no second BOS
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt has not ended
 
@@ -326,6 +318,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
     """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
     prompt_column, answer_column = find_columns(list(rows[0]), config, source)
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    mode = config.overlong_prompt if training else "truncate_left"
     limit, overlong, examples = config.max_prompt_length, 0, []
     for number, row in enumerate(rows, 1):
         messages, answer = row.get(prompt_column), row.get(answer_column)
@@ -342,15 +335,13 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
         if not texts or len(texts) < len(messages) or not all(texts):
             raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
         ids = render_prompt(system + messages, tokenizer)
-        if len(ids) > limit:
-            overlong += 1
-            if training and config.overlong_prompt == "error":
-                raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
-            if training and config.overlong_prompt == "drop":
-                continue
-        examples.append(Example(texts[-1], answer, ids[-limit:]))
+        overlong += len(ids) > limit
+        if len(ids) > limit and mode == "error":
+            raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
+        if len(ids) <= limit or mode == "truncate_left":
+            examples.append(Example(texts[-1], answer, ids[-limit:]))
     if overlong:
-        done = "dropped" if len(examples) < len(rows) else "truncated on the left"
+        done = "dropped" if mode == "drop" else "truncated on the left"
         warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
     return examples
 
@@ -422,10 +413,7 @@ def score_responses(reward: Callable, examples: list[Example], texts: list[str])
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face model and, where values are wanted, a linear fp32 head on its hidden states.
-
-    The policy chooses among num_tokens: embedding rows beyond the tokenizer (Qwen2.5 has 271) are no part of it.
-    """
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear fp32 head."""
 
     def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
         super().__init__()
@@ -464,14 +452,11 @@ class LanguageModel(nn.Module):
 
 
 class Learner:
-    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file.
-
-    bf16 weights have fp32 masters, and micro-batch gradients fp32 sums: steps of 1e-6 are lost in the 8 bits of bf16.
-    """
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
         self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        self.weights = list(model.parameters())
+        self.weights = list(model.parameters())  # bf16 has 8 bits, too few for steps of 1e-6: masters and sums are fp32
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
         groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
@@ -496,13 +481,10 @@ class Learner:
             group["lr"] = group["base_lr"] * lr_factor
         if math.isfinite(grad_norm):
             self.optimizer.step()
-            self.copy_masters()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(master)  # a weight in fp32 is its own master
         self.skipped_steps += not math.isfinite(grad_norm)
         self.drop_gradient()
-
-    def copy_masters(self) -> None:
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.data.copy_(master)  # a weight in fp32 is its own master
 
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -521,15 +503,13 @@ class Learner:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        tensors, states = load_file(path), [{} for _ in self.masters]
+        tensors = load_file(path, device=str(self.masters[0].device))
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():
-            states[int(name.split(".")[0])][name.split(".")[1]] = x
-        for master, state in zip(self.masters, states, strict=True):
-            master.copy_(state.pop("weight"))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": {i: x for i, x in enumerate(states) if x}, "param_groups": groups})
-        self.copy_masters()
+            index, key = name.split(".")
+            self.optimizer.state[self.masters[int(index)]][key] = x
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(master.copy_(self.optimizer.state[master].pop("weight")))
 
 
 @dataclass
@@ -557,14 +537,14 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
 
 def build_models(tokenizer, config: Config) -> Models:
     lm = load_lm(config.model, AutoModelForCausalLM, config)
-    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])
+    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows too many
     eos = lm.generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
     reference = critic = None
-    if config.kl_coef and config.reference != "previous":
+    if config.kl_coef and config.reference != "previous" and not config.eval_only:
         reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
-    if config.uses_critic and config.critic == "separate":
+    if config.uses_critic and config.critic == "separate" and not config.eval_only:
         trunk = load_lm(config.critic_model or config.model, AutoModel, config)
         critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
     policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config)
@@ -1351,6 +1331,8 @@ METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_fle
     rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
     optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
     time/tokens_per_second""".split()
+CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
+    value/explained_variance rollout/response_length""".split()
 
 
 def check_health(metrics: dict, step: int, said: set[str]) -> None:
@@ -1374,22 +1356,19 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
 def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     metrics = {name: float(x) for name, x in metrics.items()}
-    with open(run_dir / "training_metrics.csv", "a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow([step, *(metrics.get(name, "") for name in METRICS[1:])])
+    row = pandas.DataFrame([{"step": step} | metrics], columns=METRICS)
+    row.to_csv(run_dir / "training_metrics.csv", mode="a", header=False, index=False)
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
         tracker.log(metrics, step=step)
-    shown = ("eval/score", "reward/score", "reward/kl", "policy/entropy", "policy/clipfrac", "value/explained_variance",
-             "rollout/response_length", "time/tokens_per_second")
-    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown if name in metrics)
+    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
     tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
 
 def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     """summary.json and training_curves.png, made from training_metrics.csv. Returns the rows with an evaluation."""
     import matplotlib.figure
-    import pandas
 
     table = pandas.read_csv(run_dir / "training_metrics.csv")
     evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
@@ -1397,15 +1376,12 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
                "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
-               "resume_command": shlex.join(command), "config": dataclasses.asdict(config)}
+               "resume_command": shlex.join(command), "config": asdict(config)}
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
-    os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
+    (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
     figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
-    panels = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
-                value/explained_variance rollout/response_length""".split()
-    for axis, name in zip(figure.subplots(3, 3).flat, panels, strict=True):
-        points = table[["step", name]].dropna()
-        axis.plot(points["step"], points[name])
+    for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
+        axis.plot("step", name, data=table[["step", name]].dropna())
         axis.set(title=name, xlabel="step")
     figure.savefig(run_dir / "training_curves.png", dpi=80)
     return evaluations
@@ -1416,29 +1392,27 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError.
-
-    A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
-    """
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
     name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir, link = Path(config.output_dir or Path("output", name)), Path("output", "ppo_metrics")
-    start = (checkpoints(run_dir) or [None])[-1] if config.resume != "never" else None
-    if config.resume not in ("auto", "never", "must"):
-        start = Path(config.resume)
-    if (start and not (start / "state.json").is_file()) or (config.resume == "must" and not start):
-        raise UsageError(f"resume {config.resume}: no checkpoint in {start or run_dir}")
+    own_dir, link = Path("output", name), Path("output", "ppo_metrics")
+    run_dir = Path(config.output_dir or own_dir)
+    newest = next(reversed(checkpoints(run_dir)), None)
+    start = {"auto": newest, "never": None, "must": newest or run_dir}.get(config.resume, Path(config.resume))
+    if start and not (start / "state.json").is_file():
+        raise UsageError(f"resume {config.resume}: no checkpoint in {start}")
     inside = start is not None and run_dir.resolve() in start.resolve().parents
     if config.eval_only and inside:
-        run_dir, inside = Path("output", name), False  # an evaluation of a run adds nothing to its folder
-    present = {path.name for path in run_dir.iterdir()} if run_dir.exists() else set()
-    died = "summary.json" in present and '"status": "running"' in (run_dir / "summary.json").read_text()
-    if present and not inside and (checkpoints(run_dir) or present - RUN_FILES or not died):
+        run_dir, inside = own_dir, False  # an evaluation of a run adds nothing to its folder
+    # A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
+    present, summary = {path.name for path in run_dir.glob("*")}, run_dir / "summary.json"
+    died = summary.exists() and '"status": "running"' in summary.read_text() and not checkpoints(run_dir)
+    if present and not inside and not (died and present <= RUN_FILES):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
         (run_dir / "samples.jsonl").write_text("")
-    if run_dir == Path("output", name) and (link.is_symlink() or not link.exists()):
+    if run_dir == own_dir and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(name)
     return run_dir, start
@@ -1454,7 +1428,7 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
         models.critic.save(temporary / "critic.safetensors")
     state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
     (temporary / "state.json").write_text(json.dumps(state))
-    os.replace(temporary, folder)
+    temporary.replace(folder)
     for old in checkpoints(run_dir)[: -config.save_total_limit]:
         shutil.rmtree(old)
 
@@ -1471,8 +1445,8 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config)
     for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
         shutil.rmtree(later)  # the run takes another course from here
     for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the CSV's header
-        steps = [int((re.match(r'(?:\{"step": )?(\d+),', line) or [0, 0])[1]) for line in lines]
+        lines = path.read_text().splitlines(keepends=True)  # the first number of each is its step; the header has none
+        steps = [int((re.search(r"\d+", line) or "0")[0]) for line in lines]
         path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
     return state["step"], state["kl_coef"]
 
@@ -1496,12 +1470,11 @@ def prepare(config: Config) -> tuple:
     except (OSError, ValueError) as error:
         hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
         raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
-    reward, (train, evals) = load_reward(config.reward), load_examples(tokenizer, config)
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
     except ImportError as error:
         raise UsageError(f"track {config.track}: pip install {config.track}") from error
-    return tokenizer, reward, train, evals, tracker
+    return tokenizer, load_reward(config.reward), *load_examples(tokenizer, config), tracker
 
 
 def main(config: Config) -> None:
@@ -1510,20 +1483,20 @@ def main(config: Config) -> None:
     total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
     if config.critic_warmup >= total and not config.eval_only:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
-    run_dir, checkpoint_dir = open_run(config)
-    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(train[0].prompt)!r}\n{total} steps of {config.rollout_size}"
+    (run_dir, checkpoint_dir), first = open_run(config), (train or evals)[:2]
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
-        check_passes(model, [example.prompt for example in train[:2]], models.stop_ids, config)
-    target = config.kl_ctrl_target or {"token": 0.1, "sequence": 6.0}[config.kl_ctrl_unit]
-    target = target if config.kl_ctrl_type == "adaptive" else None
+        check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
+    kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
+    target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
     if tracker:
-        tracker.init(project="ppo_llm", name=run_dir.name, config=dataclasses.asdict(config))
+        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     save_summary(run_dir, config, "running")
@@ -1537,7 +1510,6 @@ def main(config: Config) -> None:
             metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
         if step >= config.critic_warmup:
             metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
-        kl_name = "reward/kl" if config.kl_ctrl_unit == "token" else "reward/kl_sequence"
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
         seconds = time.perf_counter() - clock
         metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
