@@ -27,7 +27,6 @@ Where this differs from the papers and from other code, on purpose:
 6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
 """
 
-import contextlib
 import copy
 import hashlib
 import importlib
@@ -43,7 +42,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -1149,7 +1148,7 @@ def distance_from_plain(model: LanguageModel, prompts: list[list[int]], stop_ids
 
     For a critic: the relative distance of its hidden states.
     """
-    lm, c = model.lm, dataclasses.replace(c, max_response_length=8, temperature=1.0)
+    lm, c = model.lm, replace(c, max_response_length=8, temperature=1.0)
     attention, policy, responses = lm.config._attn_implementation, lm.get_output_embeddings() is not None, prompts
     if policy:
         responses, sampled = generate(model, prompts, stop_ids, c, seeded(lm.device, "check"))
@@ -1178,11 +1177,13 @@ def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[i
     name, tolerance = type(model.lm).__name__, 1e-4 if model.lm.dtype == torch.float32 else 5e-2
     for packs, attention in ((True, "packed"), (False, model.own_attention)):
         model.lm.set_attn_implementation(attention)
-        model.packs, model.engine, found = packs, None, "passes fail"
-        with contextlib.suppress(Exception):  # what an unknown architecture raises; nothing works without this
+        model.packs, model.engine = packs, None
+        try:
             found = distance_from_plain(model, prompts, stop_ids, c)
             if found <= tolerance:
                 return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
+        except Exception as error:  # an unknown architecture may raise anything; the second way decides
+            found = repr(error)
     raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
 
 
