@@ -668,7 +668,7 @@ def capture(step: Callable, pool) -> Callable:
 
 
 class Engine:
-    """KV slots and the responses that grow in them. An idle slot is `done`: it notes nothing and does not move on."""
+    """KV slots and the responses that grow in them. An idle slot is `done`: it does not move on; nobody reads it."""
 
     def __init__(self, model, room: tuple[int, int], stop_ids: list[int], limit: int, temperature, top_k, top_p):
         device, slots = model.lm.device, room[0]
@@ -678,7 +678,7 @@ class Engine:
         self.slot, self.stop = torch.arange(slots, device=device), torch.tensor(stop_ids, device=device)
         self.token, self.position, self.count = (torch.zeros_like(self.slot) for _ in range(3))
         self.done = torch.ones_like(self.slot, dtype=torch.bool)
-        self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # nothing reads the last column
+        self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
         self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
         self.cache, self.replays, self.greedy = {}, {}, False
         if device.type == "cuda" and model.packs:
@@ -705,19 +705,18 @@ class Engine:
     def choose(self, hidden: Tensor, slot: Tensor) -> None:
         """Takes the next token of each slot, the likeliest or where its noise falls in the cumulated distribution."""
         logits = self.model.logits(hidden, self.temperature)
-        logprobs, allowed, active = logits.log_softmax(-1), logits, ~self.done[slot]
+        logprobs, allowed, count = logits.log_softmax(-1), logits, self.count[slot]
         for warper in self.warpers:
             allowed = warper(None, allowed)
         if self.greedy:
             token = allowed.argmax(-1)
         else:
             cumulated = (allowed.softmax(-1) if self.warpers else logprobs.exp()).cumsum(-1)
-            point = self.noise[slot, self.count[slot]] * cumulated[:, -1]
+            point = self.noise[slot, count] * cumulated[:, -1]
             token = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0]
-        column = torch.where(active, self.count[slot], self.limit)
-        self.tokens[slot, column], self.token[slot] = token, token
-        self.logprobs[slot, column] = logprobs.gather(1, token[:, None])[:, 0]
-        self.count[slot] += active
+        self.tokens[slot, count], self.token[slot] = token, token
+        self.logprobs[slot, count] = logprobs.gather(1, token[:, None])[:, 0]
+        self.count[slot] += ~self.done[slot]
         self.done[slot] |= (token[:, None] == self.stop).any(1) | (self.count[slot] == self.limit)
 
     def run(self, live: int, reach: int, steps: int) -> None:

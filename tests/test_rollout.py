@@ -75,6 +75,17 @@ def test_greedy_tokens_are_those_of_transformers_generate(kind, monkeypatch):
         assert tokens == expected, (slots, every)
 
 
+def test_each_token_lies_where_its_own_random_number_points():
+    policy, prompts = make_policy(), make_prompts(7)
+    responses, _ = generate(policy, prompts, STOP, Config(max_response_length=9, rollout_slots=3), noise())
+    points = torch.rand(7, 9, generator=noise())
+    for row, prompt, response in zip(points, prompts, responses, strict=True):
+        cumulated = plain_logp(policy.lm, prompt, response).exp().cumsum(-1)
+        for t, token in enumerate(response):
+            below = cumulated[t, token - 1].item() if token else 0.0
+            assert below - 1e-5 <= row[t].item() <= cumulated[t, token].item() + 1e-5
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3, 5, 64])
 @pytest.mark.parametrize("count", [1, 2, 5, 7])
 def test_what_is_sampled_does_not_depend_on_slots_or_on_the_number_of_steps_between_looks(count, slots, monkeypatch):
