@@ -719,9 +719,13 @@ class Engine:
         self.count[slot] += ~self.done[slot]
         self.done[slot] |= (token[:, None] == self.stop).any(1) | (self.count[slot] == self.limit)
 
-    def run(self, live: int, reach: int, steps: int) -> None:
-        """Steps of the first `live` slots; on CUDA of a few more, for which there is a graph."""
-        rows = min((rows for rows, _ in self.replays if rows >= live), default=live)
+    def rows_for(self, slots: int) -> int:
+        """How many slots a step computes: as many as are asked for, or as the next larger graph has."""
+        return min((rows for rows, _ in self.replays if rows >= slots), default=slots)
+
+    def run(self, slots: int, reach: int, steps: int) -> None:
+        """Some steps of the first `slots`."""
+        rows = self.rows_for(slots)
         step = self.replays.get((rows, self.greedy), partial(self.step, rows, reach))
         for _ in range(steps):
             step()
@@ -780,10 +784,10 @@ def generate(
             return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
         steps = min(CHECK_EVERY, c.max_response_length - min(counts[slot] for slot in live))
         reach = max(len(prompts[owner[slot]]) + counts[slot] for slot in live) + steps
-        if free:
+        if engine.rows_for(len(live)) < engine.rows_for(len(owner)):
             engine.move_to_front(live)
             owner = [owner[slot] for slot in live]
-        engine.run(len(live), min(capacity, math.ceil(reach / 64) * 64), steps)
+        engine.run(len(owner), min(capacity, math.ceil(reach / 64) * 64), steps)
 
 
 # ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
@@ -1001,29 +1005,24 @@ def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[T
     return [torch.cat(pieces) for pieces in zip(*(function(*part) for part in parts), strict=True)]
 
 
-def to_tokens(flat: Tensor, mask: Tensor) -> Tensor:
-    """[N], in the order of the ones in the mask -> [B, T], 0 elsewhere."""
-    return torch.zeros_like(mask).masked_scatter(mask > 0, flat)
-
-
 def forward(
     model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None, token_head=True
 ) -> list:
     """[log-probs, entropy, values, full_kl to the reference] of response tokens, [B, T]; None without that head."""
-    sequences = [p + r for p, r in zip(part.prompts, part.responses, strict=True)]
-    ids, packed = pack(sequences, part.mask.device)
-    hidden, first, values = model.hidden(ids, packed), [len(p) - 1 for p in part.prompts], None
-    row, step = part.mask.nonzero(as_tuple=True)
-    chosen = packed.starts[row] + torch.tensor(first, device=row.device)[row] + step  # the state before each token
+    ids, packed = pack([p + r for p, r in zip(part.prompts, part.responses, strict=True)], part.mask.device)
+    targets, tokens = pack(part.responses, part.mask.device)
+    first = torch.tensor([len(prompt) - 1 for prompt in part.prompts], device=part.mask.device)
+    chosen = (packed.starts[:-1] + first)[tokens.row] + tokens.position  # the state in which each token is chosen
+    hidden, values = model.hidden(ids, packed), None
     if model.value_head is not None:
         read = hidden.float()
         if model.pooling == "mean":  # the value head reads the mean of all states so far
             read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
-        values = to_tokens(model.value_head(read[chosen]).squeeze(-1), part.mask)
+        values = tokens.pad(model.value_head(read[chosen]).squeeze(-1))
     if not token_head or model.lm.get_output_embeddings() is None:  # the separate critic has none
         return [None, None, values, None]
     with torch.no_grad():
-        ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(row), 0)
+        ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(chosen), 0)
 
     def head(states: Tensor, ref_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logp = model.logits(states, temperature).log_softmax(-1)
@@ -1031,8 +1030,8 @@ def forward(
         kl = full_kl(logp, reference.logits(ref_states, temperature)) if reference else torch.zeros_like(entropy)
         return logp.gather(1, targets[:, None])[:, 0], entropy, kl
 
-    flat = over_chunks(head, model.num_tokens, hidden[chosen], ref_states, ids[chosen + 1])
-    logprobs, entropy, kl = (to_tokens(x, part.mask) for x in flat)
+    outputs = over_chunks(head, model.num_tokens, hidden[chosen], ref_states, targets)
+    logprobs, entropy, kl = map(tokens.pad, outputs)
     return [logprobs, entropy, values, kl if reference else None]
 
 

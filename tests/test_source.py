@@ -16,7 +16,7 @@ import ppo_llm
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = (ROOT / "ppo_llm.py").read_text()
 TREE = ast.parse(SOURCE)
-LEDGER = 1540  # lines of ppo_llm.py today; lower it whenever the file gets shorter, never raise it for convenience
+LEDGER = 1538  # lines of ppo_llm.py today; lower it whenever the file gets shorter, never raise it for convenience
 FIELDS = [field.name for field in dataclasses.fields(ppo_llm.Config)]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "ppo_llm.py"]
 

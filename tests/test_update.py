@@ -8,7 +8,7 @@ import torch
 from conftest import collect, make_config, make_models, read_log, take_steps
 
 import ppo_llm
-from ppo_llm import Learner, Rollout, actor_loss, forward, loss_weights, train_mini_batch, update
+from ppo_llm import Learner, Rollout, actor_loss, forward, loss_weights, micro_batches, train_mini_batch, update
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 FREE = ["grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
@@ -184,6 +184,20 @@ def test_entropy_lowers_the_loss_and_value_errors_raise_it_by_their_coefficients
     assert with_values - plain == pytest.approx(0.3 * (squares * weights).sum().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("tokens", "count"), [(20, None), (20, 2), (1, None), (10**6, 3), (10**6, None)])
+def test_micro_batches_hold_every_row_once_within_both_limits(tokens, count):
+    lengths = [3, 18, 7, 12, 2, 25, 9, 1, 14, 4]
+    mask = torch.ones(10, 1)
+    rollout = Rollout([[5] * n for n in lengths], [[7]] * 10, mask, mask)
+    config = ppo_llm.Config(micro_batch_tokens=tokens, ppo_micro_batch_size=count)
+    groups = [rows for rows, part in micro_batches(list(range(10)), rollout, config)]
+    assert sorted(sum(groups, [])) == list(range(10))
+    for rows in groups:
+        assert len(rows) <= (count or 10) and (sum(lengths[i] + 1 for i in rows) <= tokens or len(rows) == 1)
+    needed = {(20, None): 5, (20, 2): 6, (1, None): 10, (10**6, 3): 4, (10**6, None): 1}[tokens, count]
+    assert len(groups) == needed  # 26 | 19 | 15 + 5 | 13 + 4 + 3 | 10 + 8 + 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Ratio and gradient.
 
@@ -207,6 +221,16 @@ def test_another_temperature_in_training_than_in_sampling_shows_in_the_first_rat
     rollout, _ = collect(models, config)
     metrics = update("actor", models, rollout, 0, 1, 0.001, dataclasses.replace(config, temperature=1.0))
     assert metrics["policy/ratio_first"] > 1.05
+
+
+@pytest.mark.parametrize(("mini_batch", "on_policy"), [(8, True), (4, False)])
+def test_one_optimizer_step_per_rollout_needs_no_pass_for_old_logprobs_in_bf16(mini_batch, on_policy, folder):
+    config = make_config(folder, dtype="bfloat16", ppo_mini_batch_size=mini_batch)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    assert ("rollout/logprob_gap" in metrics) == (not on_policy) == (not config.on_policy)
+    metrics = update("actor", models, rollout, 0, 1, 0.001, config)
+    assert abs(metrics["policy/ratio_first"] - 1) <= (0.0 if on_policy else 2e-2) and metrics["optim/grad_norm"] > 0
 
 
 @pytest.mark.parametrize("responses", [[[7], [8]], [[7], [8, 9, 10]]])
