@@ -9,10 +9,14 @@ The last TRL that has a PPOTrainer takes part when `--trl_path FOLDER` names wha
     pip install --no-deps --target FOLDER trl==1.12.0 accelerate==1.15.0
 
 Random weights do not stop by themselves: a schedule gives each prompt the length of its response, the same for
-everyone, and the tokens are counted. Writes docs/results/benchmark_llm/NAME.csv, NAME.json, and table.md of them all.
+everyone, and the tokens are counted. TRL collects garbage twice per update, all of this process: `step without gc` is
+its step without these two calls. Peaks of memory are above the start of a phase, those of a step include weights and
+optimizers; on the CPU they are resident memory. Writes docs/results/benchmark_llm/NAME.csv and NAME.json, and table.md
+from all that lie there.
 """
 
 import csv
+import gc
 import json
 import logging
 import os
@@ -70,6 +74,7 @@ class Config:
 def make_work(size: str, lengths: str, device: torch.device, c: ppo_llm.Config, vocabulary: int | None = None) -> Work:
     shape, count, choice = dict(zip(FIELDS, SHAPES[size], strict=True)), c.train_batch_size, random.Random(1)
     shape["vocab_size"] = vocabulary or shape["vocab_size"]
+    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if size == "qwen" else {}
     spread = []  # prompt and response lengths, evenly from the shortest to the longest, in random order
     ends = GSM8K if size == "qwen" else [(-(-n // 5), n) for n in (c.max_prompt_length, c.max_response_length)]
     for low, high in ends:
@@ -110,6 +115,9 @@ def compare(work: Work, config: Config) -> list[dict]:
             missing = isinstance(error, ImportError)
             reason = f"not installed ({error.name})" if missing else f"does not run here: {error!r:.150}"
             rows.append(dict.fromkeys(COLUMNS) | {"phase": phase, "who": who, "note": " ".join(reason.split())})
+        gc.collect()  # what a peer that ran out of memory leaves behind
+        if work.device.type == "cuda":
+            torch.cuda.empty_cache()
     turns = {who: [] for who in entered}
     for i in range(config.repeats):
         for who in list(entered)[:: -1 if i % 2 else 1]:
@@ -177,9 +185,9 @@ def report(results: Path) -> str:
             header, *rows = csv.reader(file)
         note = json.loads(path.with_suffix(".json").read_text())
         told = ", ".join(f"{key} {x}" for key, x in note.items() if key != "command")
-        lines = [["---"] * len(header), *([f"{float(x):.4g}" if re.fullmatch(r"\d+\.\S+", x) else x for x in row]
-                                          for row in rows)]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, *lines])
+        rows = [[f"{float(x):.{0 if float(x) >= 1000 else 3}f}" if re.fullmatch(r"-?\d+\.\d+", x) else x for x in row]
+                for row in rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
         sections.append(f"## {path.stem}\n\n`{note['command']}`: {told}.\n\n{table}\n")
     (results / "table.md").write_text("\n".join(sections))
     return "\n".join(sections)

@@ -316,8 +316,8 @@ def trl_trainer(work: Work) -> Callable:
             collect()
             laps.collecting += time.perf_counter() - started
 
-        with patch.multiple(module, batch_generation=timed_generation, forward=timed_forward), patch.object(
-                module.gc, "collect", timed_collect):
+        with (patch.multiple(module, batch_generation=timed_generation, forward=timed_forward),
+              patch.object(module.gc, "collect", timed_collect)):
             trainer.train()
         laps.lap("update")
         return counted["tokens"]

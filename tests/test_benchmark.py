@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import statistics
 import sys
 
 import conftest
 import pytest
 import torch
+import transformers
 
 sys.path.insert(0, str(conftest.Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -70,6 +72,20 @@ def test_the_table_has_all_rows(results):
     rows = read(results / "quick_ragged_cpu.csv")
     assert len(re.findall(r"^\| (?!-|phase)", table, re.MULTILINE)) == len(rows)
     assert "## quick_ragged_cpu" in table and torch.__version__ in table
+
+
+@pytest.mark.parametrize("size, least, most", [("demo", 0.9e6, 1.1e6), ("large", 9e6, 11e6),
+                                                ("qwen", 494_032_768, 494_032_768)])
+def test_sizes_are_those_they_are_called(size, least, most):
+    work = benchmark_llm.make_work(size, "ragged", torch.device("meta"), benchmark_llm.STEPS[size])
+    model = work.make(transformers.AutoModelForCausalLM)
+    assert least <= sum(weight.numel() for weight in model.parameters()) <= most
+    prompts, responses = list(map(len, work.prompts)), list(work.schedule.values())
+    if size == "qwen":
+        assert [statistics.mean(prompts), statistics.mean(responses), max(responses)] == [
+            pytest.approx(104, abs=0.5), pytest.approx(278, abs=0.5), 512]
+    else:
+        assert [min(prompts), max(prompts), min(responses), max(responses)] == [13, 64, 10, 48]
 
 
 def test_the_engine_ends_each_response_at_its_scheduled_length():
