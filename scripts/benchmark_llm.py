@@ -162,7 +162,8 @@ def describe(config: Config, work: Work | None, device: torch.device, rows: list
     """What the numbers were made with."""
     cpu = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
-    command = " ".join(["python scripts/benchmark_llm.py", *sys.argv[1:]]).replace(str(config.trl_path), "FOLDER")
+    command = " ".join(["python scripts/benchmark_llm.py", *sys.argv[1:]])
+    command = command.replace(str(config.trl_path), "FOLDER").replace(str(config.results), "RESULTS")
     note = {"command": command, "python": sys.version.split()[0]}
     note |= {name: sys.modules[name].__version__ for name in ("torch", "transformers", "trl") if sys.modules.get(name)}
     note |= {"machine": torch.cuda.get_device_name() if device.type == "cuda" else cpu and cpu[1],
