@@ -567,8 +567,9 @@ class Packed:
     """Where each of the N tokens of a pass belongs."""
 
     row: Tensor  # [N] its sequence
-    position: Tensor  # [N] its place there
+    position: Tensor  # [N] in that sequence
     lengths: list[int]  # tokens of each sequence; empty in decode
+    place: Tensor | None = None  # [N] row * longest + position: where pad() puts it
     starts: Tensor | None = None  # [sequences + 1] where each begins, and N; int32
     cache: dict | None = None  # layer -> keys and values [slots, capacity, heads, D]
     slot: Tensor | None = None  # [N] KV slot
@@ -578,12 +579,12 @@ class Packed:
     def pad(self, x: Tensor) -> Tensor:
         """[N, ...] -> [sequences, longest, ...], 0 behind the end of a sequence."""
         shape = len(self.lengths), max(self.lengths), *x.shape[1:]
-        if len(set(self.lengths)) == 1:
+        if len(x) == shape[0] * shape[1]:
             return x.view(shape)
-        return x.new_zeros(shape).index_put((self.row, self.position), x)
+        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.place, x).view(shape)
 
     def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1) if len(set(self.lengths)) == 1 else x[self.row, self.position]
+        return x.flatten(0, 1).index_select(0, self.place)  # on the CPU its gradient is far cheaper than indexing's
 
 
 def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
@@ -593,8 +594,9 @@ def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Pack
     row = torch.arange(len(lengths)).repeat_interleave(lengths)
     position = torch.arange(len(row)) - starts[row]
     ids = torch.tensor([token for sequence in sequences for token in sequence])
-    ids, row, position, starts = (x.to(device, non_blocking=True) for x in (ids, row, position, starts))
-    return ids, Packed(row, position, lengths.tolist(), starts.int())
+    everything = ids, row, position, row * max(map(len, sequences)) + position, starts.int()
+    ids, row, position, place, starts = (x.to(device, non_blocking=True) for x in everything)
+    return ids, Packed(row, position, lengths.tolist(), place, starts)
 
 
 def packed_attention(
@@ -697,7 +699,7 @@ class Engine:
     def step(self, rows: int, reach: int) -> None:
         """One more token for each of the first `rows` slots that is not done; nothing waits for the device."""
         slot = self.slot[:rows]
-        packed = Packed(slot, self.position[:rows], [], None, self.cache, slot, self.room, reach)
+        packed = Packed(slot, self.position[:rows], [], cache=self.cache, slot=slot, room=self.room, reach=reach)
         hidden = self.model.hidden(self.token[:rows], packed)
         self.position[:rows] += ~self.done[:rows]
         self.choose(hidden, slot)
