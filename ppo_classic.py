@@ -6,20 +6,20 @@
     python ppo_classic.py --env_id Pendulum-v1 --dry_run       # prints the settings chosen for an environment
 
     while global_step < total_timesteps:
-        rollout = collect_rollout(agent, stream)                num_steps steps of num_envs environments
-        advantages, returns = compute_gae(rewards, values)      time limits bootstrap, failures do not
+        rollout = collect_rollout(agent, stream)               num_steps steps of num_envs environments
+        advantages, returns = compute_gae(rewards, values)     time limits bootstrap, failures do not
         for epoch, mini_batch in rollout:
-            outputs = forward(inputs)                           policy outputs and a value per row
+            outputs = forward(inputs)                          policy outputs and a value per row
             loss = (clipped_policy_loss(logprobs, old_logprobs, advantages) - ent_coef * entropy
                     + vf_coef * clipped_value_loss(values, old_values, returns))
-            backward(ppo_gradient(outputs))                     the gradient of that loss; then a step of Adam
+            step(ppo_gradient(outputs))                        the gradient of that loss, and Adam
 
 Shapes: T steps of N environments, [T, N]; M mini-batches of S rows; K policy outputs: logits, or means of a Gaussian.
-All are numpy arrays but for weights and pixels. Index t of inputs, values and log-probs: the state before action t.
+Index t of inputs, values and log-probs is the state before action t. Arrays are numpy's, weights and pixels torch's.
 
 Where this differs from the papers and from other code, on purpose:
-1. `valid` is 0 on rows that are no transitions (the reset step of Gymnasium's NEXT_STEP mode): they enter no loss, no
-   statistic and no counter. A time limit bootstraps from the final observation, in every autoreset mode.
+1. `valid` is False on rows that are no transitions (the reset step of Gymnasium's NEXT_STEP mode): they enter no loss,
+   no statistic, no counter. A time limit bootstraps from the final observation, in every autoreset mode.
 2. Observation and return statistics belong to the agent: float64, shared by the environments, saved, frozen in
    evaluation, and constant during a rollout, so that old_logprobs are those of one policy.
 3. The gradient of the loss at the network's outputs is written out (`ppo_gradient`), and tanh networks run forward and
@@ -52,6 +52,8 @@ import torch
 import tyro
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers.utils import RunningMeanStd
+from numpy import ndarray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -111,8 +113,7 @@ class Config:
     target_kl: float | None = None  # end the update after an epoch whose mean approx_kl passes this
     recompute_advantages: bool = False  # before every epoch, with the values of the moment
     # Evaluation, logs, checkpoints
-    eval_episodes: int = 100  # at the end, with frozen statistics; 0: no evaluation
-    eval_deterministic: bool = True  # the likeliest action; off: sample as in training
+    eval_episodes: int = 100  # at the end: frozen statistics, the likeliest action (pixels: sampled); 0: none
     eval_only: bool = False  # evaluate the checkpoint (of output_dir or resume) and exit
     capture_video: bool = False  # record an episode after the evaluation (pip install moviepy)
     save_every: int = 100  # iterations between checkpoints, of which two are kept; 0: only the last one
@@ -127,7 +128,7 @@ PRESETS = {  # by the name of the environment, else by the kind of its spaces
     "discrete": {},
     "box": MUJOCO,
     "pixels": {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1, "norm_reward": "sign",
-               "shared_network": True, "eval_episodes": 10, "eval_deterministic": False},
+               "shared_network": True, "eval_episodes": 10},
     "Acrobot": WIDE | {"num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
     "MountainCar": WIDE | {"num_minibatches": 8, "gae_lambda": 0.98, "ent_coef": 0.0},
     "Pendulum": MUJOCO | {"total_timesteps": 300_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
@@ -149,20 +150,19 @@ def choose_preset(env_id: str, vectorization: str = "auto") -> tuple[str, Config
 
 def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is made. Raises UsageError."""
+    batch = c.num_envs * c.num_steps
     positive = "num_envs num_steps num_minibatches update_epochs hidden_size max_grad_norm kl_target target_kl".split()
     not_negative = "learning_rate clip_coef ent_coef vf_coef kl_coef eval_episodes save_every seed".split()
-    batch = c.num_envs * c.num_steps
-    for wrong, sentence in (
-        *((getattr(c, x) is not None and not getattr(c, x) > 0, f"{x} must be positive") for x in positive),
-        *((not getattr(c, x) >= 0, f"{x} must not be negative") for x in not_negative),
+    refused = [(getattr(c, x) is not None and not getattr(c, x) > 0, f"{x} must be positive") for x in positive]
+    refused += [(not getattr(c, x) >= 0, f"{x} must not be negative") for x in not_negative]
+    refused += [
         (c.total_timesteps < batch, f"total_timesteps = {c.total_timesteps} is less than one batch of {batch} rows"),
         (batch < c.num_minibatches, f"num_envs * num_steps = {batch} rows do not fill num_minibatches"),
         (not (0 <= c.gamma <= 1 and 0 <= c.gae_lambda <= 1), "gamma and gae_lambda must lie between 0 and 1"),
         (c.dual_clip is not None and c.dual_clip <= 1, "dual_clip bounds the ratio and must exceed 1"),
-        (c.kl_target is not None and c.kl_coef == 0, "kl_target needs a kl_coef to start from"),
-    ):
-        if wrong:
-            raise UsageError(sentence)
+        (c.kl_target is not None and c.kl_coef == 0, "kl_target needs a kl_coef to start from")]
+    for sentence in (sentence for wrong, sentence in refused if wrong):
+        raise UsageError(sentence)
 
 
 def warn(sentence: str) -> None:
@@ -233,7 +233,7 @@ class Stream:
         self.resetting = np.zeros(self.envs.num_envs, bool)
         self.returns, self.lengths, self.discounted = np.zeros((3, self.envs.num_envs))  # of the running episodes
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+    def step(self, actions: ndarray) -> tuple[ndarray, ndarray, ndarray, ndarray, dict]:
         """[N] arrays reward, terminated, done and valid (0 where this was a reset and no transition).
 
         Also {i: final observation} of the truncated episodes whose last state `obs` does not show.
@@ -269,15 +269,15 @@ class Categorical:
         self.space, self.start, self.num_outputs = space, np.ravel(space.start), sum(sizes)
         self.blocks = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
 
-    def act(self, logits: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+    def act(self, logits: ndarray, noise: ndarray | float) -> ndarray:
         """Samples by the Gumbel-max rule; with noise 0, the likeliest actions."""
         noisy = logits + noise
-        return np.stack([noisy[:, block].argmax(1) for block in self.blocks], 1)
+        return np.concatenate([noisy[:, block].argmax(1, keepdims=True) for block in self.blocks], 1)
 
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
+    def to_env(self, actions: ndarray) -> ndarray:
         return (actions + self.start).reshape(len(actions), *self.space.shape)
 
-    def evaluate(self, logits: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+    def evaluate(self, logits: ndarray, actions: ndarray) -> tuple[ndarray, ndarray, list]:
         """Log-probs [rows], entropies [rows], and what gradient() needs."""
         saved = []
         for i, block in enumerate(self.blocks):
@@ -287,10 +287,11 @@ class Categorical:
             saved.append((logp, np.exp(logp), chosen, -(np.exp(logp) * logp).sum(1, keepdims=True)))
         return sum((logp * chosen).sum(1) for logp, _, chosen, _ in saved), sum(x[3] for x in saved)[:, 0], saved
 
-    def gradient(self, saved: list, d_logprobs: np.ndarray, d_entropy: np.ndarray) -> tuple[np.ndarray, None]:
+    def gradient(self, saved: list, d_logprobs: ndarray, d_entropy: ndarray) -> tuple[ndarray, None]:
         """[rows, K], by d log p(a) = onehot(a) - p and d entropy = -p (log p + entropy)."""
         g, h = d_logprobs[:, None], d_entropy[:, None]
-        return np.concatenate([g * chosen - p * (g + h * (logp + entropy)) for logp, p, chosen, entropy in saved], 1), None
+        gradients = [g * chosen - p * (g + h * (logp + entropy)) for logp, p, chosen, entropy in saved]
+        return np.concatenate(gradients, 1), None
 
 
 class Gaussian:
@@ -302,43 +303,23 @@ class Gaussian:
         self.space, self.num_outputs, self.log_std = space, math.prod(space.shape), None  # [K], set by the agent
         self.low, self.high = space.low.ravel(), space.high.ravel()
 
-    def act(self, mean: np.ndarray, noise: np.ndarray | float) -> np.ndarray:
+    def act(self, mean: ndarray, noise: ndarray | float) -> ndarray:
         return mean + np.exp(self.log_std) * noise
 
-    def to_env(self, actions: np.ndarray) -> np.ndarray:
+    def to_env(self, actions: ndarray) -> ndarray:
         clipped = np.minimum(np.maximum(actions, self.low), self.high)  # np.clip, without its overhead
         return clipped.reshape(len(actions), *self.space.shape).astype(self.space.dtype, copy=False)
 
-    def evaluate(self, mean: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def evaluate(self, mean: ndarray, actions: ndarray) -> tuple[ndarray, ndarray, ndarray]:
         """Log-probs [rows], entropies [rows], and what gradient() needs."""
         z = (actions - mean) * np.exp(-self.log_std)
         constant = np.float32(self.log_std.sum() + 0.5 * self.num_outputs * math.log(2 * math.pi))
         return -0.5 * (z * z).sum(1) - constant, np.full(len(z), constant + np.float32(0.5 * self.num_outputs)), z
 
-    def gradient(self, z: np.ndarray, d_logprobs: np.ndarray, d_entropy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def gradient(self, z: ndarray, d_logprobs: ndarray, d_entropy: ndarray) -> tuple[ndarray, ndarray]:
         """[rows, K] and that of log_std [K], by d log p / d mean = z / std, d log p / d log_std = z^2 - 1."""
         weighted = z * d_logprobs[:, None]
         return weighted * np.exp(-self.log_std), (weighted * z).sum(0) - d_logprobs.sum() + d_entropy.sum()
-
-
-class RunningStatistics(nn.Module):
-    """Mean and variance of all that it has seen, in float64 (Chan et al.); buffers, so that they are saved."""
-
-    def __init__(self, shape: tuple[int, ...]):
-        super().__init__()
-        for name, value in {"mean": torch.zeros(shape), "var": torch.ones(shape), "count": torch.zeros(())}.items():
-            self.register_buffer(name, value.double())
-
-    def update(self, x: np.ndarray) -> None:
-        """Adds the rows of x [rows, *shape]."""
-        if len(x) > 0:
-            x, part = torch.from_numpy(x.astype(np.float64)), len(x) / (self.count + len(x))
-            delta, self.count = x.mean(0) - self.mean, self.count + len(x)
-            self.var += part * (x.var(0, correction=0) - self.var + (1 - part) * delta.square())
-            self.mean += part * delta
-
-    def scale(self) -> np.ndarray:
-        return (self.var + 1e-8).rsqrt().numpy()
 
 
 def build_network(space: Box, blocks: dict[int, float], c: Config) -> nn.Sequential:
@@ -346,12 +327,11 @@ def build_network(space: Box, blocks: dict[int, float], c: Config) -> nn.Sequent
     if is_image(space):
         depth, *side = sorted(space.shape)
         body = [nn.Conv2d(depth, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
-                nn.ReLU(), nn.Flatten()]
-        width = nn.Sequential(*body)(torch.zeros(1, depth, *side)).shape[1]
-        body += [nn.Linear(width, 512), nn.ReLU(), nn.Linear(512, sum(blocks))]
+                nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, sum(blocks))]
+        nn.Sequential(*body)(torch.zeros(1, depth, *side))  # gives the lazy layer its size
     else:
-        body = [nn.Linear(math.prod(space.shape), c.hidden_size), nn.Tanh(), nn.Linear(c.hidden_size, c.hidden_size),
-                nn.Tanh(), nn.Linear(c.hidden_size, sum(blocks))]
+        h = c.hidden_size
+        body = [nn.Linear(math.prod(space.shape), h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, sum(blocks))]
     for layer in (layer for layer in body if hasattr(layer, "weight")):
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
@@ -360,7 +340,7 @@ def build_network(space: Box, blocks: dict[int, float], c: Config) -> nn.Sequent
     return nn.Sequential(*body)
 
 
-def mlp_forward(layers: list[tuple], x: np.ndarray) -> list[np.ndarray]:
+def mlp_forward(layers: list[tuple], x: ndarray) -> list[ndarray]:
     """What enters each linear layer (weight, bias, ...), with tanh between them, and last the output."""
     activations = [x]
     for weight, bias, *_ in layers:
@@ -370,7 +350,7 @@ def mlp_forward(layers: list[tuple], x: np.ndarray) -> list[np.ndarray]:
     return activations
 
 
-def mlp_backward(layers: list[tuple], activations: list[np.ndarray], d_output: np.ndarray) -> None:
+def mlp_backward(layers: list[tuple], activations: list[ndarray], d_output: ndarray) -> None:
     """Writes the gradients of the layers (weight, bias, d_weight, d_bias), given that of the output [rows, K]."""
     for (weight, _, d_weight, d_bias), x in zip(reversed(layers), reversed(activations[:-1]), strict=True):
         np.matmul(d_output.T, x, out=d_weight)
@@ -379,11 +359,10 @@ def mlp_backward(layers: list[tuple], activations: list[np.ndarray], d_output: n
             d_output = (d_output @ weight) * (1 - x * x)  # x is a tanh: its derivative, from its value
 
 
-class Agent(nn.Module):
-    """Networks, action distribution, statistics and Adam. All parameters are views of one flat vector."""
+class Agent:
+    """Networks, action distribution, running statistics, Adam. All weights and gradients are views of flat vectors."""
 
     def __init__(self, envs: VectorEnv, c: Config):
-        super().__init__()
         space, actions = envs.single_observation_space, envs.single_action_space
         if not isinstance(space, Box) or not math.prod(space.shape):
             raise UsageError(f"{c.env_id}: observation space {space} is not supported")
@@ -395,25 +374,29 @@ class Agent(nn.Module):
         policy, value = {self.head.num_outputs: 0.01}, {1: 1.0}
         groups = [policy | value] if c.shared_network or self.image else [policy, value]
         self.networks = nn.ModuleList(build_network(space, group, c) for group in groups)
-        self.log_std = nn.Parameter(torch.zeros(self.head.num_outputs)) if isinstance(actions, Box) else None
+        if isinstance(actions, Box):
+            self.networks.log_std = nn.Parameter(torch.zeros(self.head.num_outputs))  # the same in all states
         self.device = torch.device("cuda" if c.cuda and torch.cuda.is_available() else "cpu")
-        self.to(self.device)
-        sizes, weights = [p.numel() for p in self.parameters()], torch.cat([p.data.flatten() for p in self.parameters()])
-        self.gradient, optimized = torch.zeros_like(weights), nn.Parameter(weights)
-        optimized.grad = self.gradient
-        for p, data, grad in zip(list(self.parameters()), weights.split(sizes), self.gradient.split(sizes), strict=True):
-            p.data, p.grad = data.view_as(p), grad.view_as(p)
-        self.optimizer = torch.optim.Adam([optimized], eps=1e-5, fused=True)
-        self.obs_statistics, self.return_statistics = RunningStatistics(space.shape), RunningStatistics(())
+        parameters = list(self.networks.to(self.device).parameters())
+        self.weights, sizes = nn.Parameter(torch.cat([p.data.flatten() for p in parameters])), [p.numel() for p in parameters]
+        self.weights.grad = torch.zeros_like(self.weights)
+        for p, w, g in zip(parameters, self.weights.data.split(sizes), self.weights.grad.split(sizes), strict=True):
+            p.data, p.grad = w.view_as(p), g.view_as(p)
+        self.optimizer = torch.optim.Adam([self.weights], eps=1e-5, fused=True)
         self.max_grad_norm, self.updates, self.skipped, self.failures = c.max_grad_norm, 0, 0, 0
-        if self.log_std is not None:
-            self.head.log_std = self.log_std.detach().cpu().numpy()  # on the CPU, a view
-        self.activations, self.layers = [], []  # numpy views (weight, bias, d_weight, d_bias) of the tanh networks
+        self.statistics = {"obs": RunningMeanStd(shape=space.shape), "returns": RunningMeanStd(shape=())}
+        self.layers = []  # of tanh networks on the CPU, in numpy: views (weight, bias, d_weight, d_bias)
         if not self.image and self.device.type == "cpu":
             self.layers = [[(x.weight.data.numpy(), x.bias.data.numpy(), x.weight.grad.numpy(), x.bias.grad.numpy())
                             for x in network[::2]] for network in self.networks]
+        self.refresh()
 
-    def observer(self) -> Callable[[np.ndarray], np.ndarray]:
+    def refresh(self) -> None:
+        """Shows the head its log_std: on the CPU a view, on a GPU a copy."""
+        if isinstance(self.head, Gaussian):
+            self.head.log_std = self.networks.log_std.detach().cpu().numpy()
+
+    def observer(self) -> Callable[[ndarray], ndarray]:
         """A function from observations [N, ...] to inputs: [N, D] float32, or pixels [N, channels, ...], uint8.
 
         It keeps the statistics of this moment, so that a rollout is of one policy.
@@ -422,61 +405,76 @@ class Agent(nn.Module):
             return lambda obs: np.moveaxis(obs, self.channels, 1)
         if not self.norm_obs:
             return lambda obs: obs.reshape(len(obs), -1).astype(np.float32)
-        mean, scale = self.obs_statistics.mean.numpy().copy(), self.obs_statistics.scale()
+        mean, scale = self.statistics["obs"].mean.copy(), 1 / np.sqrt(self.statistics["obs"].var + 1e-8)
         return lambda obs: np.minimum(np.maximum((obs - mean) * scale, -10), 10).reshape(len(obs), -1).astype("f4")
 
-    def forward(self, inputs: np.ndarray) -> np.ndarray:
-        """Outputs [rows, K + 1], the value last; keeps what backward() needs."""
+    def forward(self, inputs: ndarray) -> ndarray:
+        """Outputs [rows, K + 1], the value last; keeps what step() needs."""
         if self.layers:
-            self.activations = [mlp_forward(layers, inputs) for layers in self.layers]
-            return np.concatenate([x[-1] for x in self.activations], 1)
+            self.kept = [mlp_forward(layers, inputs) for layers in self.layers]
+            return np.concatenate([x[-1] for x in self.kept], 1)
         inputs = torch.from_numpy(inputs).to(self.device).float() / (255 if self.image else 1)
-        self.outputs = torch.cat([network(inputs) for network in self.networks], 1)
-        self.head.log_std = self.log_std.detach().cpu().numpy() if self.log_std is not None else None
-        return self.outputs.detach().cpu().numpy()
+        self.kept = torch.cat([network(inputs) for network in self.networks], 1)
+        return self.kept.detach().cpu().numpy()
 
     @torch.no_grad()
-    def predict(self, inputs: np.ndarray) -> np.ndarray:
-        """Outputs [rows, K + 1], the value last, 1024 rows at a time."""
-        return np.concatenate([self(inputs[i : i + 1024]) for i in range(0, len(inputs), 1024)])
+    def predict(self, inputs: ndarray) -> ndarray:
+        """Outputs [rows, K + 1] without a gradient, 1024 rows at a time."""
+        return np.concatenate([self.forward(inputs[i : i + 1024]) for i in range(0, len(inputs), 1024)])
 
-    def policy(self, inputs: np.ndarray) -> np.ndarray:
+    def policy(self, inputs: ndarray) -> ndarray:
         """Policy outputs [N, K]; a separate value network is not run."""
         if self.layers:
             return mlp_forward(self.layers[0], inputs)[-1][:, : self.head.num_outputs]
         return self.predict(inputs)[:, :-1]
 
-    @torch.no_grad()
-    def step(self, d_outputs: np.ndarray, d_log_std: np.ndarray | None, lr: float) -> float:
+    def step(self, d_outputs: ndarray, d_log_std: ndarray | None, lr: float) -> float:
         """One Adam step, given the gradient [rows, K + 1] at the outputs of the last forward(). Returns its norm.
 
         It is skipped and counted if the gradient is not finite; three in a row raise UsageError.
         """
-        width = self.head.num_outputs if len(self.layers) == 2 else None  # of the first network
-        for layers, activations, part in zip(self.layers, self.activations, (d_outputs[:, :width], d_outputs[:, width:])):
+        parts = np.split(d_outputs, [self.head.num_outputs], 1) if len(self.layers) == 2 else [d_outputs]
+        for layers, activations, part in zip(self.layers, self.kept, parts, strict=True) if self.layers else ():
             mlp_backward(layers, activations, part)
         if not self.layers:
-            self.outputs.backward(torch.from_numpy(d_outputs).to(self.device))
+            self.kept.backward(torch.from_numpy(d_outputs).to(self.device))
         if d_log_std is not None:
-            self.log_std.grad.copy_(torch.from_numpy(d_log_std))
-        norm = self.gradient.norm().item()
-        if math.isfinite(norm):
-            self.gradient.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
+            self.networks.log_std.grad.copy_(torch.from_numpy(d_log_std))
+        norm = self.weights.grad.norm().item()
+        self.failures = 0 if math.isfinite(norm) else self.failures + 1
+        if self.failures == 0:
+            self.weights.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
             self.optimizer.param_groups[0]["lr"] = lr
             self.optimizer.step()
-        self.failures = 0 if math.isfinite(norm) else self.failures + 1
         self.updates, self.skipped = self.updates + (self.failures == 0), self.skipped + (self.failures > 0)
-        self.gradient.zero_()
+        self.weights.grad.zero_()
         if self.failures == 3:
             raise UsageError("the gradient was not finite three times in a row: lower learning_rate?")
         return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold to act, to go on learning, and to evaluate inside the training band."""
+        state = self.networks.state_dict()
+        state |= {f"adam.{name}": x for name, x in self.optimizer.state[self.weights].items()}
+        state |= {f"{name}.{x}": torch.tensor(getattr(statistics, x), dtype=torch.float64)
+                  for name, statistics in self.statistics.items() for x in ("mean", "var", "count")}
+        return {name: x.detach().cpu().clone() for name, x in state.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Raises RuntimeError where names or shapes are of another network."""
+        for name, statistics in self.statistics.items():
+            for x in ("mean", "var", "count"):
+                setattr(statistics, x, tensors.pop(f"{name}.{x}").numpy()[()])
+        adam = {name: tensors.pop(name) for name in list(tensors) if name.startswith("adam.")}
+        self.optimizer.state[self.weights] = {name[5:]: x.to(self.device) for name, x in adam.items()}
+        self.networks.load_state_dict(tensors)
 
 
 # ---- PPO. Pure functions of arrays and numbers; those that ppo_llm.py has too have the same text ---------------------
 
 
-def compute_gae(rewards: np.ndarray, values: np.ndarray, next_values: np.ndarray, terminated: np.ndarray,
-                done: np.ndarray, gamma: float, lam: float) -> tuple[np.ndarray, np.ndarray]:
+def compute_gae(rewards: ndarray, values: ndarray, next_values: ndarray, terminated: ndarray,
+                done: ndarray, gamma: float, lam: float) -> tuple[ndarray, ndarray]:
     """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [T, N].
 
     next_values is V of the state that followed: 0 after a failure (terminated), but not after a time limit. The sum
@@ -489,7 +487,7 @@ def compute_gae(rewards: np.ndarray, values: np.ndarray, next_values: np.ndarray
     return advantages, advantages + values
 
 
-def normalize_rows(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def normalize_rows(x: ndarray, mask: ndarray) -> ndarray:
     """(x - mean) / (standard deviation + 1e-8) of each mini-batch [M, S], over its mask, with the unbiased variance."""
     count = mask.sum(1, keepdims=True).clip(min=1)
     centred = (x - (x * mask).sum(1, keepdims=True) / count) * mask
@@ -527,7 +525,7 @@ def clipped_value_loss(
     return 0.5 * loss, is_clipped
 
 
-def ppo_gradient(head: Categorical | Gaussian, outputs: np.ndarray, batch: dict, clip: float, kl_coef: float, c: Config):
+def ppo_gradient(head: Categorical | Gaussian, outputs: ndarray, batch: dict, clip: float, kl_coef: float, c: Config):
     """The gradient [S, K + 1] at the outputs of sum(weights * loss) over the rows of a mini-batch, where
 
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy + kl_coef * kl.
@@ -544,7 +542,7 @@ def ppo_gradient(head: Categorical | Gaussian, outputs: np.ndarray, batch: dict,
     d_logprobs = weights * (advantages * ratio * (clipped + bounded - 1) + kl_coef * (ratio - 1))
     d_policy, d_log_std = head.gradient(saved, d_logprobs, -c.ent_coef * weights)
     d_values = c.vf_coef * weights * (values - returns) * (1 - value_clipped)
-    terms = np.stack([policy_loss, value_loss, entropy, kl, clipped, bounded, value_clipped])
+    terms = np.concatenate([policy_loss, value_loss, entropy, kl, clipped, bounded, value_clipped]).reshape(7, -1)
     return np.concatenate([d_policy, d_values[:, None]], 1), d_log_std, ratio, terms
 
 
@@ -560,31 +558,30 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 class Rollout:
     """What one iteration collects, [T, N] unless said."""
 
-    inputs: np.ndarray  # [T + 1, N, ...] what the networks see
-    actions: np.ndarray  # [T, N, C] unclipped
-    rewards: np.ndarray  # from the environment, then as the agent scales them
-    terminated: np.ndarray  # the episode ended and nothing follows
-    done: np.ndarray  # the episode ended: terminated, or cut by a time limit
-    valid: np.ndarray  # False where the row is a reset and no transition
+    inputs: ndarray  # [T + 1, N, ...] what the networks see
+    actions: ndarray  # [T, N, C] unclipped
+    rewards: ndarray  # as the environment gave them, then as the agent scales them
+    terminated: ndarray  # the episode ended and nothing follows
+    done: ndarray  # the episode ended: terminated, or cut by a time limit
+    valid: ndarray  # False where the row is a reset and no transition
     last: dict = field(default_factory=dict)  # {(t, i): inputs of a final state that inputs[t + 1] does not show}
-    logprobs: np.ndarray | None = None  # of the policy that sampled
-    values: np.ndarray | None = None
-    advantages: np.ndarray | None = None
-    returns: np.ndarray | None = None
+    logprobs: ndarray | None = None  # of the policy that sampled
+    values: ndarray | None = None
+    advantages: ndarray | None = None
+    returns: ndarray | None = None
 
 
 def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Rollout:
-    """Plays num_steps steps, and computes advantages. Raises UsageError where a number is not finite."""
+    """Plays num_steps steps and computes advantages. Raises UsageError where a number is not finite."""
     head, observe, shape = agent.head, agent.observer(), (c.num_steps, c.num_envs)
-    rng = np.random.default_rng([c.seed, ROLLOUT, step])
+    rng, first, seen = np.random.default_rng([c.seed, ROLLOUT, step]), observe(stream.obs), []
     noise = getattr(rng, head.noise)(size=(*shape, head.num_outputs)).astype("f4")
-    first, actions, seen = observe(stream.obs), head.act(noise[0], 0), []
-    r = Rollout(np.empty((c.num_steps + 1, *first.shape), first.dtype), np.empty((c.num_steps, *actions.shape), actions.dtype),
-                np.empty(shape), *np.empty((3, *shape), bool))
+    actions = head.act(noise[0], 0)
+    r = Rollout(np.empty((c.num_steps + 1, *first.shape), first.dtype),
+                np.empty((c.num_steps, *actions.shape), actions.dtype), np.empty(shape), *np.empty((3, *shape), bool))
     r.inputs[0] = first
     for t in range(c.num_steps):
-        if agent.norm_obs:
-            seen.append(stream.obs.copy())
+        seen += [stream.obs.copy()] if agent.norm_obs else []
         r.actions[t] = actions = head.act(agent.policy(r.inputs[t]), noise[t])
         r.rewards[t], r.terminated[t], r.done[t], r.valid[t], final = stream.step(head.to_env(actions))
         r.inputs[t + 1] = observe(stream.obs)
@@ -594,9 +591,8 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Rollo
             t, i = np.argwhere(~np.isfinite(x.reshape(*shape, -1)).all(2))[0]
             raise UsageError(f"environment {i} gave a {name} that is not finite: iteration {step + 1}, step {t + 1}")
     if agent.norm_obs:
-        agent.obs_statistics.update(np.stack(seen)[r.valid])  # of use from the next rollout on
-    if c.norm_reward == "sign":
-        r.rewards = np.sign(r.rewards)
+        agent.statistics["obs"].update(np.stack(seen)[r.valid])  # of use from the next rollout on
+    r.rewards = np.sign(r.rewards) if c.norm_reward == "sign" else r.rewards
     if c.norm_reward == "scale":
         scale_rewards(r, stream, agent, c)
     outputs = compute_advantages(agent, r, c)[: c.num_steps * c.num_envs, :-1]
@@ -610,11 +606,11 @@ def scale_rewards(r: Rollout, stream: Stream, agent: Agent, c: Config) -> None:
     for t in range(c.num_steps):
         discounted[t] = stream.discounted = stream.discounted * c.gamma + r.rewards[t]
         stream.discounted = stream.discounted * ~r.done[t]
-    agent.return_statistics.update(discounted[r.valid])
-    r.rewards = np.clip(r.rewards * agent.return_statistics.scale(), -10, 10)
+    agent.statistics["returns"].update(discounted[r.valid])
+    r.rewards = np.clip(r.rewards / np.sqrt(agent.statistics["returns"].var + 1e-8), -10, 10)
 
 
-def compute_advantages(agent: Agent, r: Rollout, c: Config) -> np.ndarray:
+def compute_advantages(agent: Agent, r: Rollout, c: Config) -> ndarray:
     """Fills in values, advantages and returns; gives the outputs of the networks for all inputs."""
     outputs = agent.predict(r.inputs.reshape(-1, *r.inputs.shape[2:]))
     values = outputs[:, -1].reshape(r.inputs.shape[:2])
@@ -629,27 +625,26 @@ def compute_advantages(agent: Agent, r: Rollout, c: Config) -> np.ndarray:
 def update(agent: Agent, r: Rollout, step: int, lr: float, clip: float, kl_coef: float, c: Config) -> dict:
     """update_epochs passes over the valid rows, in num_minibatches each; fewer when target_kl is passed. Metrics."""
     rng, valid = np.random.default_rng([c.seed, SHUFFLE, step]), r.valid | (not c.mask_dummy_rows)
-    rows, parts, variance = np.flatnonzero(valid), c.num_minibatches, r.returns[valid].var()
+    rows, variance, norms, epochs, first = np.flatnonzero(valid), r.returns[valid].var(), [], [], math.nan
     explained = 1 - (r.returns - r.values)[valid].var() / variance if variance > 1e-12 else math.nan
-    size = math.ceil(len(rows) / parts)
-    mask = (np.arange(parts * size) < len(rows)).reshape(parts, size).astype("f4")  # the last may be shorter
-    arrays = {x: getattr(r, x) for x in ("actions", "logprobs", "values", "advantages", "returns")}
-    arrays["inputs"], norms, epochs = r.inputs[:-1], [], []
+    shape = c.num_minibatches, math.ceil(len(rows) / c.num_minibatches)
+    mask = (np.arange(math.prod(shape)) < len(rows)).reshape(shape).astype("f4")  # 0 at the end of the last one
+    data = {name: getattr(r, name) for name in ("actions", "logprobs", "values")} | {"inputs": r.inputs[:-1]}
     while len(epochs) < c.update_epochs:
         if epochs and c.recompute_advantages:
             compute_advantages(agent, r, c)
-            arrays |= {"advantages": r.advantages, "returns": r.returns}
-        order, terms = np.resize(rng.permutation(rows), (parts, size)), []
-        data = {name: x.reshape(-1, *x.shape[2:])[order] for name, x in arrays.items()}
-        data = {name: x.astype("f4") if x.dtype == np.float64 else x for name, x in data.items()}
-        data["weights"] = mask / mask.sum(1, keepdims=True).clip(min=1)
+        data |= {"advantages": r.advantages, "returns": r.returns}
+        order, terms = np.resize(rng.permutation(rows), shape), []
+        shuffled = {name: x.reshape(-1, *x.shape[2:])[order] for name, x in data.items()}
+        shuffled = {name: x.astype("f4") if x.dtype == np.float64 else x for name, x in shuffled.items()}
+        shuffled["weights"] = mask / mask.sum(1, keepdims=True).clip(min=1)
         if c.norm_adv:
-            data["advantages"] = normalize_rows(data["advantages"], mask)
-        for batch in ({name: x[m] for name, x in data.items()} for m in range(parts)):
-            d_outputs, d_log_std, ratio, logged = ppo_gradient(
-                agent.head, agent(batch["inputs"]), batch, clip, kl_coef, c)
-            if not norms:
-                first = 1 + np.abs((ratio - 1) * mask[0]).max().item()
+            shuffled["advantages"] = normalize_rows(shuffled["advantages"], mask)
+        for m in range(c.num_minibatches):
+            batch = {name: x[m] for name, x in shuffled.items()}
+            outputs = agent.forward(batch["inputs"])
+            d_outputs, d_log_std, ratio, logged = ppo_gradient(agent.head, outputs, batch, clip, kl_coef, c)
+            first = first if norms else 1 + (np.abs(ratio - 1) * mask[0]).max().item()
             norms.append(agent.step(d_outputs, d_log_std, lr))
             terms.append(logged)
         epochs.append((np.stack(terms, 1) * mask).sum((1, 2)) / mask.sum())
@@ -673,17 +668,16 @@ def evaluate(agent: Agent, c: Config, episodes: int, video_dir: Path | None = No
         stream = Stream(envs, c.env_id)
         stream.restart(c.seed, EVALUATION)
         while left.any():
-            noise = 0.0 if c.eval_deterministic else getattr(rng, head.noise)(size=(count, head.num_outputs)).astype("f4")
+            noise = getattr(rng, head.noise)(size=(count, head.num_outputs)).astype("f4") if agent.image else 0.0
             _, _, done, _, _ = stream.step(head.to_env(head.act(agent.policy(observe(stream.obs)), noise)))
-            ended, stream.ended = stream.ended, []
-            returns += [x for (x, _), i in zip(ended, np.flatnonzero(done), strict=True) if left[i] > 0]
-            left -= done & (left > 0)
+            returns += [x for (x, _), i in zip(stream.ended, np.flatnonzero(done), strict=True) if left[i] > 0]
+            left, stream.ended = left - (done & (left > 0)), []
     error = np.std(returns, ddof=1) / math.sqrt(episodes) if episodes > 1 else 0.0
     return {"eval/score": float(np.mean(returns)), "eval/standard_error": float(error)}
 
 
-def start_tracker(c: Config, run_dir: Path, state: dict):
-    """A function that takes metrics and a step, or None. A tracker that fails must not end the training."""
+def start_tracker(c: Config, run_dir: Path, state: dict) -> Callable[[dict, int], object] | None:
+    """A function that takes metrics and global_step. A tracker that fails must not end the training."""
     try:
         if c.track == "wandb":
             import wandb
@@ -699,28 +693,28 @@ def start_tracker(c: Config, run_dir: Path, state: dict):
             return lambda metrics, step: [writer.add_scalar(name, x, step) for name, x in metrics.items()]
     except Exception as error:
         warn(f"track {c.track}: {error} (pip install {c.track}?); the run goes on without")
+    return None
 
 
 def save_summary(run_dir: Path, c: Config, status: str, evaluation: dict) -> None:
     """summary.json, and training_curves.png from training_metrics.csv."""
     lines = (run_dir / "training_metrics.csv").read_text().splitlines()
     table = {name: column for name, *column in zip(*(line.split(",") for line in lines), strict=True)}
-    command = ["python", *sys.argv] + ([] if c.output_dir else ["--output_dir", str(run_dir)])
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "gymnasium": gym.__version__}
-    summary = {"status": status, "global_step": int((table.get("global_step") or [0])[-1]), "versions": versions,
-               "last_evaluation": evaluation, "resume_command": " ".join(command), "config": dataclasses.asdict(c)}
+    command = " ".join(["python", *sys.argv] + ([] if c.output_dir else ["--output_dir", str(run_dir)]))
+    summary = {"status": status, "global_step": int(table["global_step"][-1]) if table else 0, "versions": versions,
+               "last_evaluation": evaluation, "resume_command": command, "config": dataclasses.asdict(c)}
     (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
     os.replace(run_dir / "summary.tmp", run_dir / "summary.json")
-    if not table:
-        return
-    import matplotlib.figure
+    if status == "finished":
+        import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
-    names = "rollout/return_100 policy/entropy policy/approx_kl policy/clipfrac value/loss value/explained_variance"
-    for axis, name in zip(figure.subplots(2, 3).flat, names.split(), strict=True):
-        axis.plot(np.array(table["global_step"], int), np.array(table[name], float))
-        axis.set(title=name, xlabel="global_step")
-    figure.savefig(run_dir / "training_curves.png", dpi=80)
+        figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
+        names = "rollout/return_100 policy/entropy policy/approx_kl policy/clipfrac value/loss value/explained_variance"
+        for axis, name in zip(figure.subplots(2, 3).flat, names.split(), strict=True):
+            axis.plot(np.array(table["global_step"], int), np.array(table[name], float))
+            axis.set(title=name, xlabel="global_step")
+        figure.savefig(run_dir / "training_curves.png", dpi=80)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -728,7 +722,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def digest(tensors: dict[str, Tensor], state: str) -> str:
-    return hashlib.sha256(state.encode() + b"".join(x.numpy().tobytes() for _, x in sorted(tensors.items()))).hexdigest()
+    return hashlib.sha256(b"".join([state.encode(), *(tensors[x].numpy().tobytes() for x in sorted(tensors))])).hexdigest()
 
 
 def save_checkpoint(run_dir: Path, agent: Agent, state: dict, c: Config) -> None:
@@ -736,9 +730,7 @@ def save_checkpoint(run_dir: Path, agent: Agent, state: dict, c: Config) -> None
     folder, temporary = run_dir / "checkpoints" / f"step_{state['step']}", run_dir / "checkpoints" / "temporary"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    adam = {f"adam.{name}": x for name, x in agent.optimizer.state_dict()["state"].get(0, {}).items()}
-    tensors = {name: x.detach().cpu().clone() for name, x in (agent.state_dict() | adam).items()}
-    text = json.dumps({"format": 1, "state": state, "config": dataclasses.asdict(c)})
+    tensors, text = agent.tensors(), json.dumps({"format": 1, "state": state, "config": dataclasses.asdict(c)})
     save_file(tensors, temporary / "agent.safetensors", {"state": text, "sha256": digest(tensors, text)})
     os.replace(temporary, folder)
     for old in checkpoints(run_dir)[:-2]:
@@ -746,13 +738,13 @@ def save_checkpoint(run_dir: Path, agent: Agent, state: dict, c: Config) -> None
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """Tensors and state. Raises UsageError if the file is damaged."""
+    """Tensors and what belongs to them. Raises UsageError if the file is damaged."""
     try:
         with safe_open(folder / "agent.safetensors", "pt") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         if digest(tensors, metadata["state"]) == metadata["sha256"]:
             return tensors, json.loads(metadata["state"])
-        raise ValueError("the hash is another")
+        raise ValueError("its hash is another")
     except Exception as error:
         raise UsageError(f"{folder} is no checkpoint, or damaged: {error}") from error
 
@@ -760,20 +752,18 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict]:
 def load_checkpoint(folder: Path, agent: Agent, c: Config) -> dict:
     """Restores the agent, and returns the state. Raises UsageError if the checkpoint is of something else."""
     tensors, saved = read_checkpoint(folder)
-    then, now = saved["config"], dataclasses.asdict(c)
-    changed = [f"{name} {then.get(name)} -> {now.get(name)}" for name in then | now if then.get(name) != now.get(name)
-               and name not in ("output_dir", "resume", "eval_only", "eval_episodes", "capture_video", "track")]
-    if saved["format"] != 1 or then["env_id"] != c.env_id:
-        raise UsageError(f"{folder} is of another version or environment: {changed}")
+    now, free = dataclasses.asdict(c), ("output_dir", "resume", "eval_only", "eval_episodes", "capture_video", "track")
+    changed = [f"{x} {saved['config'].get(x)} -> {now[x]}" for x in now if saved["config"].get(x) != now[x]]
+    changed = [x for x in changed if x.split()[0] not in free]
+    try:
+        if saved["format"] != 1 or saved["config"]["env_id"] != c.env_id:
+            raise RuntimeError("another version or environment")
+        agent.load(tensors)
+    except (RuntimeError, KeyError) as error:
+        raise UsageError(f"{folder} does not fit ({', '.join(changed)}): {str(error).splitlines()[0]}") from error
     if changed and not c.eval_only:
         warn(f"settings have changed since the checkpoint, schedules are planned anew: {', '.join(changed)}")
-    adam = {name[5:]: tensors.pop(name) for name in list(tensors) if name.startswith("adam.")}
-    try:
-        agent.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UsageError(f"{folder} is of another network: {', '.join(changed)}") from error
-    groups = agent.optimizer.state_dict()["param_groups"]
-    agent.optimizer.load_state_dict({"state": {0: adam} if adam else {}, "param_groups": groups})
+    agent.updates, agent.skipped = saved["state"]["updates"], saved["state"]["skipped"]
     return saved["state"]
 
 
@@ -784,23 +774,20 @@ def open_run(c: Config) -> tuple[Path, Path | None]:
     start = None if c.resume in ("auto", "never", "must") else Path(c.resume)
     for folder in reversed(checkpoints(run_dir) if c.resume in ("auto", "must") else []):
         try:
-            read_checkpoint(folder)
-            start = start or folder
+            start = start or (read_checkpoint(folder) and folder)
         except UsageError as error:
             warn(f"{error}; an older one is tried")
     if not start and (c.resume == "must" or c.eval_only):
         raise UsageError(f"resume {c.resume}: no checkpoint in {run_dir}")
-    if c.eval_only:
-        return run_dir, start
     inside = start is not None and run_dir.resolve() in start.resolve().parents
-    present = [path for path in run_dir.iterdir()] if run_dir.exists() else []
+    if c.eval_only:
+        return run_dir if inside else start.parent, start
     died = (run_dir / "summary.json").exists() and '"status": "running"' in (run_dir / "summary.json").read_text()
-    if present and not inside and (checkpoints(run_dir) or not died):
+    if run_dir.exists() and any(run_dir.iterdir()) and not inside and (checkpoints(run_dir) or not died):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {c.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     path, step = run_dir / "training_metrics.csv", int(start.name[5:]) if inside else 0
-    lines = path.read_text().splitlines(keepends=True)[: step + 1] if inside else []  # a header, then a row per step
-    path.write_text("".join(lines))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[: step + 1] if inside else []))  # a row per step
     for later in (x for x in checkpoints(run_dir) if int(x.name[5:]) > step):
         shutil.rmtree(later)  # damaged, or of a course that is left
     if run_dir == Path("output", name) and (link.is_symlink() or not link.exists()):
@@ -814,13 +801,12 @@ def open_run(c: Config) -> tuple[Path, Path | None]:
 
 def train(agent: Agent, stream: Stream, state: dict, run_dir: Path, c: Config) -> None:
     """Iterations until total_timesteps: rollout, update, a row of training_metrics.csv, checkpoints."""
-    tracker = start_tracker(c, run_dir, state)
+    tracker, last = start_tracker(c, run_dir, state), state["global_step"] >= c.total_timesteps
     stream.restart(c.seed, RESET, state["step"])
-    while state["global_step"] < c.total_timesteps:
+    while not last:
         clock, left = time.perf_counter(), 1 - state["global_step"] / c.total_timesteps
         lr, clip = c.learning_rate * (left if c.anneal_lr else 1), c.clip_coef * (left if c.anneal_clip else 1)
-        rollout = collect_rollout(agent, stream, state["step"], c)
-        middle = time.perf_counter()
+        rollout, middle = collect_rollout(agent, stream, state["step"], c), time.perf_counter()
         metrics, end = update(agent, rollout, state["step"], lr, clip, state["kl_coef"], c), time.perf_counter()
         steps, kl, episodes, stream.ended = int(rollout.valid.sum()), metrics.pop("policy/kl_last"), stream.ended, []
         state |= {"step": state["step"] + 1, "global_step": state["global_step"] + steps, "updates": agent.updates,
@@ -829,14 +815,12 @@ def train(agent: Agent, stream: Stream, state: dict, run_dir: Path, c: Config) -
             state["kl_coef"] = adapt_kl_coef(state["kl_coef"], kl, c.kl_target)
         returns, lengths = np.mean(state["recent"] or [[math.nan] * 2], 0).tolist()
         metrics = {"step": state["step"], "global_step": state["global_step"], "rollout/episodes": len(episodes),
-                   "rollout/return_100": returns, "rollout/length_100": lengths} | metrics | {
-                   "time/rollout": middle - clock, "time/update": end - middle,
-                   "time/steps_per_second": steps / (end - clock)}
+                   "rollout/return_100": returns, "rollout/length_100": lengths, **metrics, "time/rollout":
+                   middle - clock, "time/update": end - middle, "time/steps_per_second": steps / (end - clock)}
         with open(run_dir / "training_metrics.csv", "a") as file:
-            file.write("".join(",".join(map(str, x)) + "\n" for x in ([metrics] if file.tell() == 0 else []) + [metrics.values()]))
+            file.write(("" if file.tell() else ",".join(metrics) + "\n") + ",".join(map(str, metrics.values())) + "\n")
         try:
-            if tracker:
-                tracker(metrics, state["global_step"])
+            tracker and tracker(metrics, state["global_step"])
         except Exception as error:
             tracker = warn(f"track {c.track}: {error}; the run goes on without")
         last = state["global_step"] >= c.total_timesteps
@@ -853,32 +837,31 @@ def main(c: Config) -> dict:
     torch.manual_seed(c.seed)
     torch.use_deterministic_algorithms(c.torch_deterministic)
     with closing(make_envs(c, c.num_envs)) as envs:
-        agent, stream = Agent(envs, c), Stream(envs, c.env_id)
+        agent, stream, evaluation = Agent(envs, c), Stream(envs, c.env_id), {}
         torch.set_num_threads(os.cpu_count() if agent.image else 1)
         run_dir, start = open_run(c)
         state = {"step": 0, "global_step": 0, "kl_coef": c.kl_coef, "updates": 0, "skipped": 0, "recent": [], "run_id": ""}
-        if start:
-            state = load_checkpoint(start, agent, c)
-            agent.updates, agent.skipped = state["updates"], state["skipped"]
+        state = load_checkpoint(start, agent, c) if start else state
         print(f"run: {run_dir}, from step {state['global_step']} of {c.total_timesteps}")
         if not c.eval_only:
             save_summary(run_dir, c, "running", {})
             train(agent, stream, state, run_dir, c)
-    evaluation = evaluate(agent, c, c.eval_episodes) if c.eval_episodes else {}
+    if c.eval_episodes:
+        evaluation = evaluate(agent, c, c.eval_episodes)
     if c.capture_video:
         evaluate(agent, c, 1, run_dir / "videos")
     if not c.eval_only:
         save_summary(run_dir, c, "finished", evaluation)
-    print("\n".join(f"{name:25} {x:10.4g}" for name, x in evaluation.items()))
+    print("".join(f"{name:22} {x:10.4g}\n" for name, x in evaluation.items()), end="")
     return evaluation
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in (("env_id", "CartPole-v1"), ("vectorization", "auto")):
-        parser.add_argument(f"--{option}", f"--{option.replace('_', '-')}", default=default)
-    known = parser.parse_known_args()[0]
+    parser.add_argument("--env_id", "--env-id", default="CartPole-v1")
+    parser.add_argument("--vectorization", default="auto")
+    known = parser.parse_known_args()[0]  # the defaults of all other options follow from these two
     try:
         preset, defaults = choose_preset(known.env_id, known.vectorization)
         config = tyro.cli(Config, default=defaults, use_underscores=True)
