@@ -39,8 +39,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 if __name__ == "__main__":
@@ -65,6 +66,10 @@ HINTS = {"mujoco": "'gymnasium[mujoco]'", "imageio": "'gymnasium[mujoco]'", "box
 
 class UsageError(Exception):
     """What the user can mend: shown as one sentence, exit code 2."""
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 # ---- Config. The defaults are CleanRL's for classic control; PRESETS change them by environment ----------------------
@@ -125,16 +130,14 @@ MUJOCO = {"total_timesteps": 1_000_000, "num_envs": 1, "num_steps": 2048, "num_m
           "learning_rate": 3e-4, "ent_coef": 0.0, "norm_obs": True, "norm_reward": "scale"}
 WIDE = {"total_timesteps": 1_000_000, "num_envs": 16, "norm_obs": True, "norm_reward": "scale", "learning_rate": 1e-3}
 PRESETS = {  # by the name of the environment, else by the kind of its spaces
-    "discrete": {},
-    "box": MUJOCO,
+    "discrete": {}, "box": MUJOCO, "Swimmer": MUJOCO | {"gamma": 0.9999, "gae_lambda": 0.98},
     "pixels": {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1, "norm_reward": "sign",
                "shared_network": True, "eval_episodes": 10},
-    "Acrobot": WIDE | {"num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
+    "Acrobot": WIDE | {"total_timesteps": 500_000, "num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
     "MountainCar": WIDE | {"num_minibatches": 8, "gae_lambda": 0.98, "ent_coef": 0.0},
+    "LunarLander": WIDE | {"num_steps": 256, "num_minibatches": 32, "gamma": 0.999, "gae_lambda": 0.98},
     "Pendulum": MUJOCO | {"total_timesteps": 300_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
                           "learning_rate": 1e-3},
-    "LunarLander": WIDE | {"num_steps": 256, "num_minibatches": 32, "gamma": 0.999, "gae_lambda": 0.98},
-    "Swimmer": MUJOCO | {"gamma": 0.9999, "gae_lambda": 0.98},
 }
 
 
@@ -150,23 +153,19 @@ def choose_preset(env_id: str, vectorization: str = "auto") -> tuple[str, Config
 
 def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is made. Raises UsageError."""
+    positive = "num_envs num_steps num_minibatches update_epochs hidden_size max_grad_norm kl_target target_kl"
+    not_negative = "learning_rate clip_coef ent_coef vf_coef kl_coef eval_episodes save_every seed"
+    ranges = {positive: (1e-12, 1e12), not_negative: (0, 1e12), "gamma gae_lambda": (0, 1), "dual_clip": (1, 1e12)}
+    for name, low, high in ((name, *limits) for names, limits in ranges.items() for name in names.split()):
+        if getattr(c, name) is not None and not low <= getattr(c, name) <= high:
+            raise UsageError(f"{name} = {getattr(c, name)} must lie between {low} and {high}")
     batch = c.num_envs * c.num_steps
-    positive = "num_envs num_steps num_minibatches update_epochs hidden_size max_grad_norm kl_target target_kl".split()
-    not_negative = "learning_rate clip_coef ent_coef vf_coef kl_coef eval_episodes save_every seed".split()
-    refused = [(getattr(c, x) is not None and not getattr(c, x) > 0, f"{x} must be positive") for x in positive]
-    refused += [(not getattr(c, x) >= 0, f"{x} must not be negative") for x in not_negative]
-    refused += [
-        (c.total_timesteps < batch, f"total_timesteps = {c.total_timesteps} is less than one batch of {batch} rows"),
-        (batch < c.num_minibatches, f"num_envs * num_steps = {batch} rows do not fill num_minibatches"),
-        (not (0 <= c.gamma <= 1 and 0 <= c.gae_lambda <= 1), "gamma and gae_lambda must lie between 0 and 1"),
-        (c.dual_clip is not None and c.dual_clip <= 1, "dual_clip bounds the ratio and must exceed 1"),
-        (c.kl_target is not None and c.kl_coef == 0, "kl_target needs a kl_coef to start from")]
-    for sentence in (sentence for wrong, sentence in refused if wrong):
-        raise UsageError(sentence)
-
-
-def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    if c.total_timesteps < batch:
+        raise UsageError(f"total_timesteps = {c.total_timesteps} is less than one batch of {batch} rows")
+    if batch < c.num_minibatches:
+        raise UsageError(f"num_envs * num_steps = {batch} rows do not fill num_minibatches = {c.num_minibatches}")
+    if c.kl_target is not None and c.kl_coef == 0:
+        raise UsageError("kl_target needs a kl_coef to start from")
 
 
 # ---- Environments ---------------------------------------------------------------------------------------------------
@@ -191,15 +190,14 @@ def make_envs(c: Config, num_envs: int, evaluation: bool = False, video_dir: Pat
 
             gym.register_envs(ale_py)
             kwargs = {"repeat_action_probability": 0.0}
-        if c.vectorization == "auto" and gym.spec(c.env_id).vector_entry_point and not video_dir:
-            mode = "vector_entry_point"
-        if mode == "vector_entry_point":
+        native = gym.spec(c.env_id).vector_entry_point is not None and c.vectorization == "auto" and video_dir is None
+        if native or mode == "vector_entry_point":
             kwargs |= {"reward_clipping": False, "episodic_life": not evaluation} if atari else {}
-            return gym.make_vec(c.env_id, num_envs, mode, **kwargs)
+            return gym.make_vec(c.env_id, num_envs, "vector_entry_point", **kwargs)
         if atari:
             kwargs["frameskip"] = 1
             wrappers += [gym.wrappers.AtariPreprocessing, lambda env: gym.wrappers.FrameStackObservation(env, 4)]
-        if video_dir:
+        if video_dir is not None:
             kwargs["render_mode"] = "rgb_array"
             wrappers.append(lambda env: gym.wrappers.RecordVideo(env, str(video_dir), lambda episode: True))
         return gym.make_vec(c.env_id, num_envs, mode, {"copy": False}, wrappers, **kwargs)  # we copy what we keep
@@ -215,10 +213,9 @@ class Stream:
 
     def __init__(self, envs: VectorEnv, env_id: str):
         self.envs, self.env_id, self.ended = envs, env_id, []  # ended: [return, length] of each episode
-        try:
-            self.mode = AutoresetMode(envs.metadata["autoreset_mode"])
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"{env_id}: its metadata name no known autoreset_mode") from error
+        self.mode = envs.metadata.get("autoreset_mode")
+        if not isinstance(self.mode, AutoresetMode):
+            raise UsageError(f"{env_id}: its metadata name no known autoreset_mode")
 
     def call(self, function: Callable, *args, **kwargs) -> tuple:
         try:
@@ -228,13 +225,12 @@ class Stream:
 
     def restart(self, *seed: int) -> None:
         """New episodes everywhere, a function of the numbers given."""
-        seed = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
-        self.obs, _ = self.call(self.envs.reset, seed=seed)
+        self.obs, _ = self.call(self.envs.reset, seed=int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1))
         self.resetting = np.zeros(self.envs.num_envs, bool)
         self.returns, self.lengths, self.discounted = np.zeros((3, self.envs.num_envs))  # of the running episodes
 
     def step(self, actions: ndarray) -> tuple[ndarray, ndarray, ndarray, ndarray, dict]:
-        """[N] arrays reward, terminated, done and valid (0 where this was a reset and no transition).
+        """[N] arrays reward, terminated, done and valid (False where this was a reset and no transition).
 
         Also {i: final observation} of the truncated episodes whose last state `obs` does not show.
         """
@@ -364,10 +360,9 @@ class Agent:
 
     def __init__(self, envs: VectorEnv, c: Config):
         space, actions = envs.single_observation_space, envs.single_action_space
-        if not isinstance(space, Box) or not math.prod(space.shape):
-            raise UsageError(f"{c.env_id}: observation space {space} is not supported")
-        if not isinstance(actions, (Box, Discrete, MultiDiscrete)):
-            raise UsageError(f"{c.env_id}: action space {actions} is not supported")
+        for what, found, known in (("observation", space, Box), ("action", actions, (Box, Discrete, MultiDiscrete))):
+            if not isinstance(found, known):
+                raise UsageError(f"{c.env_id}: the {what} space {found} is not supported")
         self.head = Gaussian(actions) if isinstance(actions, Box) else Categorical(actions)
         self.image, self.norm_obs = is_image(space), c.norm_obs and not is_image(space)
         self.channels = 1 + int(np.argmin(space.shape)) if self.image else 0  # axis of [N, ...]
@@ -378,9 +373,9 @@ class Agent:
             self.networks.log_std = nn.Parameter(torch.zeros(self.head.num_outputs))  # the same in all states
         self.device = torch.device("cuda" if c.cuda and torch.cuda.is_available() else "cpu")
         parameters = list(self.networks.to(self.device).parameters())
-        self.weights, sizes = nn.Parameter(torch.cat([p.data.flatten() for p in parameters])), [p.numel() for p in parameters]
+        self.weights, sizes = torch.cat([p.data.flatten() for p in parameters]), [p.numel() for p in parameters]
         self.weights.grad = torch.zeros_like(self.weights)
-        for p, w, g in zip(parameters, self.weights.data.split(sizes), self.weights.grad.split(sizes), strict=True):
+        for p, w, g in zip(parameters, self.weights.split(sizes), self.weights.grad.split(sizes), strict=True):
             p.data, p.grad = w.view_as(p), g.view_as(p)
         self.optimizer = torch.optim.Adam([self.weights], eps=1e-5, fused=True)
         self.max_grad_norm, self.updates, self.skipped, self.failures = c.max_grad_norm, 0, 0, 0
@@ -389,10 +384,10 @@ class Agent:
         if not self.image and self.device.type == "cpu":
             self.layers = [[(x.weight.data.numpy(), x.bias.data.numpy(), x.weight.grad.numpy(), x.bias.grad.numpy())
                             for x in network[::2]] for network in self.networks]
-        self.refresh()
+        self.show_log_std()
 
-    def refresh(self) -> None:
-        """Shows the head its log_std: on the CPU a view, on a GPU a copy."""
+    def show_log_std(self) -> None:
+        """Gives the head its log_std: on the CPU a view, on a GPU a copy."""
         if isinstance(self.head, Gaussian):
             self.head.log_std = self.networks.log_std.detach().cpu().numpy()
 
@@ -424,9 +419,8 @@ class Agent:
 
     def policy(self, inputs: ndarray) -> ndarray:
         """Policy outputs [N, K]; a separate value network is not run."""
-        if self.layers:
-            return mlp_forward(self.layers[0], inputs)[-1][:, : self.head.num_outputs]
-        return self.predict(inputs)[:, :-1]
+        outputs = mlp_forward(self.layers[0], inputs)[-1] if self.layers else self.predict(inputs)
+        return outputs[:, : self.head.num_outputs]
 
     def step(self, d_outputs: ndarray, d_log_std: ndarray | None, lr: float) -> float:
         """One Adam step, given the gradient [rows, K + 1] at the outputs of the last forward(). Returns its norm.
@@ -448,33 +442,33 @@ class Agent:
             self.optimizer.step()
         self.updates, self.skipped = self.updates + (self.failures == 0), self.skipped + (self.failures > 0)
         self.weights.grad.zero_()
+        if self.device.type == "cuda":
+            self.show_log_std()
         if self.failures == 3:
             raise UsageError("the gradient was not finite three times in a row: lower learning_rate?")
         return norm
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint must hold to act, to go on learning, and to evaluate inside the training band."""
-        state = self.networks.state_dict()
-        state |= {f"adam.{name}": x for name, x in self.optimizer.state[self.weights].items()}
+        """All that a checkpoint must hold to act, to evaluate inside the training band, and to go on learning."""
+        state = self.networks.state_dict() | {f"adam.{x}": t for x, t in self.optimizer.state[self.weights].items()}
         state |= {f"{name}.{x}": torch.tensor(getattr(statistics, x), dtype=torch.float64)
                   for name, statistics in self.statistics.items() for x in ("mean", "var", "count")}
         return {name: x.detach().cpu().clone() for name, x in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Raises RuntimeError where names or shapes are of another network."""
-        for name, statistics in self.statistics.items():
-            for x in ("mean", "var", "count"):
-                setattr(statistics, x, tensors.pop(f"{name}.{x}").numpy()[()])
-        adam = {name: tensors.pop(name) for name in list(tensors) if name.startswith("adam.")}
-        self.optimizer.state[self.weights] = {name[5:]: x.to(self.device) for name, x in adam.items()}
+        """Raises RuntimeError or KeyError where the tensors are of another network."""
+        adam = {x[5:]: tensors.pop(x).to(self.device) for x in list(tensors) if x.startswith("adam.")}
+        for name, x in [(name, x) for name in self.statistics for x in ("mean", "var", "count")]:
+            setattr(self.statistics[name], x, tensors.pop(f"{name}.{x}").numpy()[()])
         self.networks.load_state_dict(tensors)
+        self.optimizer.state[self.weights] = adam
 
 
 # ---- PPO. Pure functions of arrays and numbers; those that ppo_llm.py has too have the same text ---------------------
 
 
-def compute_gae(rewards: ndarray, values: ndarray, next_values: ndarray, terminated: ndarray,
-                done: ndarray, gamma: float, lam: float) -> tuple[ndarray, ndarray]:
+def compute_gae(rewards: ndarray, values: ndarray, next_values: ndarray, terminated: ndarray, done: ndarray,
+                gamma: float, lam: float) -> tuple[ndarray, ndarray]:
     """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [T, N].
 
     next_values is V of the state that followed: 0 after a failure (terminated), but not after a time limit. The sum
@@ -554,32 +548,16 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float) -> float:
 # ---- Rollout and update ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Rollout:
-    """What one iteration collects, [T, N] unless said."""
-
-    inputs: ndarray  # [T + 1, N, ...] what the networks see
-    actions: ndarray  # [T, N, C] unclipped
-    rewards: ndarray  # as the environment gave them, then as the agent scales them
-    terminated: ndarray  # the episode ended and nothing follows
-    done: ndarray  # the episode ended: terminated, or cut by a time limit
-    valid: ndarray  # False where the row is a reset and no transition
-    last: dict = field(default_factory=dict)  # {(t, i): inputs of a final state that inputs[t + 1] does not show}
-    logprobs: ndarray | None = None  # of the policy that sampled
-    values: ndarray | None = None
-    advantages: ndarray | None = None
-    returns: ndarray | None = None
-
-
-def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Rollout:
+def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> SimpleNamespace:
     """Plays num_steps steps and computes advantages. Raises UsageError where a number is not finite."""
     head, observe, shape = agent.head, agent.observer(), (c.num_steps, c.num_envs)
-    rng, first, seen = np.random.default_rng([c.seed, ROLLOUT, step]), observe(stream.obs), []
-    noise = getattr(rng, head.noise)(size=(*shape, head.num_outputs)).astype("f4")
-    actions = head.act(noise[0], 0)
-    r = Rollout(np.empty((c.num_steps + 1, *first.shape), first.dtype),
-                np.empty((c.num_steps, *actions.shape), actions.dtype), np.empty(shape), *np.empty((3, *shape), bool))
-    r.inputs[0] = first
+    noise = getattr(np.random.default_rng([c.seed, ROLLOUT, step]), head.noise)(size=(*shape, head.num_outputs))
+    noise, first, seen = noise.astype("f4"), observe(stream.obs), []
+    r, actions = SimpleNamespace(last={}), head.act(noise[0], 0)  # last: {(t, i): a final state not in inputs[t + 1]}
+    r.inputs = np.empty((c.num_steps + 1, *first.shape), first.dtype)  # [T + 1, N, ...] what the networks see
+    r.actions = np.empty((c.num_steps, *actions.shape), actions.dtype)  # [T, N, C] unclipped
+    r.rewards, r.inputs[0] = np.empty(shape), first
+    r.terminated, r.done, r.valid = np.empty((3, *shape), bool)  # done: terminated, or cut by a time limit
     for t in range(c.num_steps):
         seen += [stream.obs.copy()] if agent.norm_obs else []
         r.actions[t] = actions = head.act(agent.policy(r.inputs[t]), noise[t])
@@ -592,7 +570,8 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Rollo
             raise UsageError(f"environment {i} gave a {name} that is not finite: iteration {step + 1}, step {t + 1}")
     if agent.norm_obs:
         agent.statistics["obs"].update(np.stack(seen)[r.valid])  # of use from the next rollout on
-    r.rewards = np.sign(r.rewards) if c.norm_reward == "sign" else r.rewards
+    if c.norm_reward == "sign":
+        r.rewards = np.sign(r.rewards)
     if c.norm_reward == "scale":
         scale_rewards(r, stream, agent, c)
     outputs = compute_advantages(agent, r, c)[: c.num_steps * c.num_envs, :-1]
@@ -600,7 +579,7 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Rollo
     return r
 
 
-def scale_rewards(r: Rollout, stream: Stream, agent: Agent, c: Config) -> None:
+def scale_rewards(r: SimpleNamespace, stream: Stream, agent: Agent, c: Config) -> None:
     """Divides by the deviation of the discounted return so far, which starts anew with every episode."""
     discounted = np.empty_like(r.rewards)
     for t in range(c.num_steps):
@@ -610,8 +589,8 @@ def scale_rewards(r: Rollout, stream: Stream, agent: Agent, c: Config) -> None:
     r.rewards = np.clip(r.rewards / np.sqrt(agent.statistics["returns"].var + 1e-8), -10, 10)
 
 
-def compute_advantages(agent: Agent, r: Rollout, c: Config) -> ndarray:
-    """Fills in values, advantages and returns; gives the outputs of the networks for all inputs."""
+def compute_advantages(agent: Agent, r: SimpleNamespace, c: Config) -> ndarray:
+    """Fills in values, advantages and returns, [T, N]; gives the outputs of the networks for all inputs."""
     outputs = agent.predict(r.inputs.reshape(-1, *r.inputs.shape[2:]))
     values = outputs[:, -1].reshape(r.inputs.shape[:2])
     next_values = values[1:].copy()  # in NEXT_STEP mode inputs[t + 1] is the final state of an episode done at t
@@ -622,7 +601,7 @@ def compute_advantages(agent: Agent, r: Rollout, c: Config) -> ndarray:
     return outputs
 
 
-def update(agent: Agent, r: Rollout, step: int, lr: float, clip: float, kl_coef: float, c: Config) -> dict:
+def update(agent: Agent, r: SimpleNamespace, step: int, lr: float, clip: float, kl_coef: float, c: Config) -> dict:
     """update_epochs passes over the valid rows, in num_minibatches each; fewer when target_kl is passed. Metrics."""
     rng, valid = np.random.default_rng([c.seed, SHUFFLE, step]), r.valid | (not c.mask_dummy_rows)
     rows, variance, norms, epochs, first = np.flatnonzero(valid), r.returns[valid].var(), [], [], math.nan
@@ -650,7 +629,8 @@ def update(agent: Agent, r: Rollout, step: int, lr: float, clip: float, kl_coef:
         epochs.append((np.stack(terms, 1) * mask).sum((1, 2)) / mask.sum())
         if c.target_kl is not None and epochs[-1][3] > c.target_kl:
             break
-    names = "policy/loss value/loss policy/entropy policy/approx_kl policy/clipfrac policy/clipfrac_lower value/clipfrac"
+    names = """policy/loss value/loss policy/entropy policy/approx_kl policy/clipfrac policy/clipfrac_lower
+        value/clipfrac"""
     return dict(zip(names.split(), np.mean(epochs, 0).tolist(), strict=True)) | {
         "policy/kl_last": epochs[-1][3].item(), "policy/ratio_first": first, "policy/kl_coef": kl_coef,
         "value/explained_variance": float(explained), "optim/lr": lr, "optim/clip": clip, "optim/grad_norm": norms[0],
@@ -676,24 +656,19 @@ def evaluate(agent: Agent, c: Config, episodes: int, video_dir: Path | None = No
     return {"eval/score": float(np.mean(returns)), "eval/standard_error": float(error)}
 
 
-def start_tracker(c: Config, run_dir: Path, state: dict) -> Callable[[dict, int], object] | None:
-    """A function that takes metrics and global_step. A tracker that fails must not end the training."""
-    try:
-        if c.track == "wandb":
-            import wandb
+def start_tracker(c: Config, run_dir: Path, state: dict) -> Callable[[dict, int], object]:
+    """A function that takes metrics and global_step."""
+    if c.track == "wandb":
+        import wandb
 
-            run = wandb.init(project=c.wandb_project_name, name=run_dir.name, config=dataclasses.asdict(c),
-                             id=state["run_id"] or None, resume="allow")
-            state["run_id"] = run.id
-            return lambda metrics, step: run.log(metrics, step=step)
-        if c.track == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+        run = wandb.init(project=c.wandb_project_name, name=run_dir.name, config=dataclasses.asdict(c),
+                         id=state["run_id"] or None, resume="allow")
+        state["run_id"] = run.id
+        return lambda metrics, step: run.log(metrics, step=step)
+    from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(run_dir / "tensorboard")
-            return lambda metrics, step: [writer.add_scalar(name, x, step) for name, x in metrics.items()]
-    except Exception as error:
-        warn(f"track {c.track}: {error} (pip install {c.track}?); the run goes on without")
-    return None
+    writer = SummaryWriter(run_dir / "tensorboard")
+    return lambda metrics, step: [writer.add_scalar(name, x, step) for name, x in metrics.items()]
 
 
 def save_summary(run_dir: Path, c: Config, status: str, evaluation: dict) -> None:
@@ -721,48 +696,45 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(run_dir.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))  # the oldest first
 
 
-def digest(tensors: dict[str, Tensor], state: str) -> str:
-    return hashlib.sha256(b"".join([state.encode(), *(tensors[x].numpy().tobytes() for x in sorted(tensors))])).hexdigest()
-
-
 def save_checkpoint(run_dir: Path, agent: Agent, state: dict, c: Config) -> None:
-    """checkpoints/step_N/agent.safetensors, with the state and a hash as metadata. Complete or absent: it is renamed."""
-    folder, temporary = run_dir / "checkpoints" / f"step_{state['step']}", run_dir / "checkpoints" / "temporary"
+    """checkpoints/step_N: agent.safetensors, with the state as metadata, and its hash. Complete or absent: renamed."""
+    temporary = run_dir / "checkpoints" / "temporary"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    tensors, text = agent.tensors(), json.dumps({"format": 1, "state": state, "config": dataclasses.asdict(c)})
-    save_file(tensors, temporary / "agent.safetensors", {"state": text, "sha256": digest(tensors, text)})
-    os.replace(temporary, folder)
+    text = json.dumps({"format": 1, "state": state, "config": dataclasses.asdict(c)})
+    save_file(agent.tensors(), temporary / "agent.safetensors", {"saved": text})
+    (temporary / "sha256").write_text(hashlib.sha256((temporary / "agent.safetensors").read_bytes()).hexdigest())
+    os.replace(temporary, temporary.with_name(f"step_{state['step']}"))
     for old in checkpoints(run_dir)[:-2]:
         shutil.rmtree(old)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict]:
-    """Tensors and what belongs to them. Raises UsageError if the file is damaged."""
+    """Tensors and what belongs to them. Raises UsageError if the folder is damaged."""
     try:
-        with safe_open(folder / "agent.safetensors", "pt") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
-        if digest(tensors, metadata["state"]) == metadata["sha256"]:
-            return tensors, json.loads(metadata["state"])
-        raise ValueError("its hash is another")
+        path = folder / "agent.safetensors"
+        if hashlib.sha256(path.read_bytes()).hexdigest() != (folder / "sha256").read_text():
+            raise ValueError("its hash is another")
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["saved"])
     except Exception as error:
         raise UsageError(f"{folder} is no checkpoint, or damaged: {error}") from error
 
 
 def load_checkpoint(folder: Path, agent: Agent, c: Config) -> dict:
     """Restores the agent, and returns the state. Raises UsageError if the checkpoint is of something else."""
-    tensors, saved = read_checkpoint(folder)
-    now, free = dataclasses.asdict(c), ("output_dir", "resume", "eval_only", "eval_episodes", "capture_video", "track")
-    changed = [f"{x} {saved['config'].get(x)} -> {now[x]}" for x in now if saved["config"].get(x) != now[x]]
-    changed = [x for x in changed if x.split()[0] not in free]
+    (tensors, saved), now = read_checkpoint(folder), dataclasses.asdict(c)
+    for free in ("output_dir", "resume", "eval_only", "eval_episodes", "capture_video", "track"):
+        now.pop(free)
+    changed = ", ".join(f"{x} {saved['config'].get(x)} -> {now[x]}" for x in now if saved["config"].get(x) != now[x])
     try:
         if saved["format"] != 1 or saved["config"]["env_id"] != c.env_id:
             raise RuntimeError("another version or environment")
         agent.load(tensors)
     except (RuntimeError, KeyError) as error:
-        raise UsageError(f"{folder} does not fit ({', '.join(changed)}): {str(error).splitlines()[0]}") from error
+        raise UsageError(f"{folder} does not fit ({changed}): {str(error).splitlines()[0]}") from error
     if changed and not c.eval_only:
-        warn(f"settings have changed since the checkpoint, schedules are planned anew: {', '.join(changed)}")
+        warn(f"settings have changed since the checkpoint, schedules are planned anew: {changed}")
     agent.updates, agent.skipped = saved["state"]["updates"], saved["state"]["skipped"]
     return saved["state"]
 
@@ -801,7 +773,7 @@ def open_run(c: Config) -> tuple[Path, Path | None]:
 
 def train(agent: Agent, stream: Stream, state: dict, run_dir: Path, c: Config) -> None:
     """Iterations until total_timesteps: rollout, update, a row of training_metrics.csv, checkpoints."""
-    tracker, last = start_tracker(c, run_dir, state), state["global_step"] >= c.total_timesteps
+    track, tracker, last = c.track != "none", None, state["global_step"] >= c.total_timesteps
     stream.restart(c.seed, RESET, state["step"])
     while not last:
         clock, left = time.perf_counter(), 1 - state["global_step"] / c.total_timesteps
@@ -819,10 +791,12 @@ def train(agent: Agent, stream: Stream, state: dict, run_dir: Path, c: Config) -
                    middle - clock, "time/update": end - middle, "time/steps_per_second": steps / (end - clock)}
         with open(run_dir / "training_metrics.csv", "a") as file:
             file.write(("" if file.tell() else ",".join(metrics) + "\n") + ",".join(map(str, metrics.values())) + "\n")
-        try:
-            tracker and tracker(metrics, state["global_step"])
+        try:  # a tracker that fails must not end the training
+            tracker = tracker or (start_tracker(c, run_dir, state) if track else lambda metrics, step: None)
+            tracker(metrics, state["global_step"])
         except Exception as error:
-            tracker = warn(f"track {c.track}: {error}; the run goes on without")
+            warn(f"track {c.track}: {error} (pip install {c.track}?); the run goes on without")
+            track, tracker = False, None
         last = state["global_step"] >= c.total_timesteps
         if last or (c.save_every and state["step"] % c.save_every == 0):
             save_checkpoint(run_dir, agent, state, c)
@@ -840,7 +814,8 @@ def main(c: Config) -> dict:
         agent, stream, evaluation = Agent(envs, c), Stream(envs, c.env_id), {}
         torch.set_num_threads(os.cpu_count() if agent.image else 1)
         run_dir, start = open_run(c)
-        state = {"step": 0, "global_step": 0, "kl_coef": c.kl_coef, "updates": 0, "skipped": 0, "recent": [], "run_id": ""}
+        state = {"step": 0, "global_step": 0, "updates": 0, "skipped": 0, "kl_coef": c.kl_coef, "recent": [],
+                 "run_id": ""}  # recent: [return, length] of the last 100 episodes
         state = load_checkpoint(start, agent, c) if start else state
         print(f"run: {run_dir}, from step {state['global_step']} of {c.total_timesteps}")
         if not c.eval_only:

@@ -1,7 +1,8 @@
-"""ppo_classic.py: formulas against independent computations, every autoreset mode, learning, resume, faults, bad input."""
+"""ppo_classic.py: formulas against independent computations, autoreset modes, learning, resume, faults, bad input."""
 
 import csv
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -141,7 +142,6 @@ def test_the_written_gradient_is_that_of_autograd_through_the_same_losses(kind, 
     env_id = register("Gradient", space=Box(-1, 1, (6,)), actions=ACTIONS[kind])
     config = tiny(env_id=env_id, shared_network=shared, dual_clip=1.5, ent_coef=0.03, vf_coef=0.7, max_grad_norm=1e9)
     agent, _ = start(config)
-    agent.networks.requires_grad_()
     if kind == "box":
         agent.networks.log_std.data.copy_(torch.tensor([-0.5, 0.1, 0.3]))
     inputs, batch = batch_of(agent)
@@ -253,8 +253,8 @@ def test_the_kl_coefficient_doubles_and_halves_as_in_the_paper():
 def learned_value(mode: str, ends: str, **changes) -> float:
     """V of the one state of Toy after TD(0) has converged; gamma 0.9. Endless reward 1 is worth 1 / (1 - 0.9) = 10."""
     env_id = register(f"Value{mode}", MODES[mode], ends=ends)
-    config = tiny(env_id=env_id, num_envs=3, num_steps=32, gamma=0.9, gae_lambda=0.0, clip_vloss=False, num_minibatches=1,
-                  update_epochs=8, norm_adv=False, **changes)
+    config = tiny(env_id=env_id, num_envs=3, num_steps=32, gamma=0.9, gae_lambda=0.0, clip_vloss=False,
+                  num_minibatches=1, update_epochs=8, norm_adv=False, **changes)
     agent, stream = start(config)
     for step in range(120):
         rollout = collect_rollout(agent, stream, step, config)
@@ -311,7 +311,8 @@ def test_truncation_bootstraps_from_the_final_observation_and_no_other(mode):
 
 
 def test_dummy_rows_touch_no_loss_no_statistic_and_no_counter():
-    config = tiny(env_id=register("Dummy", MODES["next"], sees="time"), num_steps=24, norm_obs=True, norm_reward="scale")
+    env_id = register("Dummy", MODES["next"], sees="time")
+    config = tiny(env_id=env_id, num_steps=24, norm_obs=True, norm_reward="scale")
     agent, stream = start(config)
     r = collect_rollout(agent, stream, 0, config)
     assert agent.statistics["obs"].count == pytest.approx(r.valid.sum(), abs=1e-3) and r.valid.sum() == 36
@@ -612,7 +613,8 @@ def test_rates_fall_linearly_with_the_transitions(here):
     assert float(rows[0]["optim/lr"]) == 1e-3 and float(rows[0]["optim/clip"]) == 0.2
     for before, row in zip(rows, rows[1:], strict=False):
         left = 1 - int(before["global_step"]) / 320
-        assert float(row["optim/lr"]) == pytest.approx(1e-3 * left) and float(row["optim/clip"]) == pytest.approx(0.2 * left)
+        assert float(row["optim/lr"]) == pytest.approx(1e-3 * left)
+        assert float(row["optim/clip"]) == pytest.approx(0.2 * left)
     ppo_classic.main(tiny(output_dir="constant", anneal_lr=False))
     assert {row["optim/lr"] for row in read_log(here / "constant")} == {"0.001"}
 
@@ -637,8 +639,7 @@ def test_a_run_leaves_the_artifacts(here):
     assert summary["status"] == "finished" and summary["last_evaluation"] == evaluation
     assert summary["config"] == dataclasses.asdict(tiny(seed=3)) and str(run_dir.name) in summary["resume_command"]
     assert summary["global_step"] == int(read_log(run_dir)[-1]["global_step"]) >= 100
-    done = subprocess.run([sys.executable, *summary["resume_command"].split()[1:]], capture_output=True)
-    assert summary["resume_command"].startswith("python ") and done is not None
+    assert summary["resume_command"].startswith("python ")
 
 
 def test_statistics_are_frozen_in_evaluation_and_come_back_with_the_checkpoint(here):
@@ -677,7 +678,8 @@ def test_evaluation_gives_every_environment_its_share(monkeypatch):
     Counter.made = 0
     result = ppo_classic.evaluate(agent, tiny(env_id="Share-v0"), 40)  # environment i plays two episodes of length i
     assert result["eval/score"] == pytest.approx(np.mean(np.arange(1, 21)))
-    assert result["eval/standard_error"] == pytest.approx(np.std(np.repeat(np.arange(1, 21), 2), ddof=1) / math.sqrt(40))
+    error = np.std(np.repeat(np.arange(1, 21), 2), ddof=1) / math.sqrt(40)
+    assert result["eval/standard_error"] == pytest.approx(error)
 
 
 @pytest.mark.slow
@@ -694,7 +696,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(here, monkeypatch):
     real = ppo_classic.save_file
 
     def fails(tensors, path, metadata):
-        if "step" in metadata["state"] and json.loads(metadata["state"])["state"]["step"] == 4:
+        if json.loads(metadata["saved"])["state"]["step"] == 4:
             Path(path).write_bytes(b"half of i")
             raise OSError(28, "No space left on device")
         return real(tensors, path, metadata)
@@ -748,9 +750,9 @@ def test_a_checkpoint_of_another_format_is_refused(here):
     ppo_classic.main(tiny(output_dir="run"))
     path = ppo_classic.checkpoints(here / "run")[-1]
     tensors, saved = ppo_classic.read_checkpoint(path)
-    text = json.dumps(saved | {"format": 0})
-    digest = ppo_classic.digest(tensors, text)
-    ppo_classic.save_file(tensors, path / "agent.safetensors", {"state": text, "sha256": digest})
+    file = path / "agent.safetensors"
+    ppo_classic.save_file(tensors, file, {"saved": json.dumps(saved | {"format": 0})})
+    (path / "sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
     with pytest.raises(UsageError, match="version"):
         ppo_classic.main(tiny(output_dir="a", resume=str(path)))
 
@@ -794,9 +796,9 @@ def test_an_environment_that_raises_is_named_and_the_checkpoint_stays(here):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"total_timesteps": 31}, "total_timesteps = 31 is less than one batch of 32 rows"),
     ({"num_minibatches": 33}, "32 rows do not fill num_minibatches"),
-    ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs must be positive"),
-    ({"learning_rate": -1.0}, "learning_rate must not be negative"), ({"dual_clip": 0.5}, "dual_clip"),
-    ({"kl_target": 0.1}, "kl_coef"), ({"target_kl": 0.0}, "target_kl must be positive")])
+    ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
+    ({"learning_rate": -1.0}, "learning_rate = -1.0 must lie"), ({"dual_clip": 0.5}, "dual_clip"),
+    ({"kl_target": 0.1}, "kl_coef"), ({"target_kl": 0.0}, "target_kl = 0.0 must")])
 def test_settings_that_cannot_work_are_refused(here, changes, sentence):
     with pytest.raises(UsageError, match=sentence):
         ppo_classic.main(tiny(**changes))
