@@ -133,7 +133,7 @@ PRESETS = {  # by the name of the environment, else by the kind of its spaces
     "discrete": {}, "box": MUJOCO, "Swimmer": MUJOCO | {"gamma": 0.9999, "gae_lambda": 0.98},
     "pixels": {"total_timesteps": 10_000_000, "num_envs": 8, "clip_coef": 0.1, "norm_reward": "sign",
                "shared_network": True, "eval_episodes": 10},
-    "Acrobot": WIDE | {"total_timesteps": 500_000, "num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
+    "Acrobot": WIDE | {"num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
     "MountainCar": WIDE | {"num_minibatches": 8, "gae_lambda": 0.98, "ent_coef": 0.0},
     "LunarLander": WIDE | {"num_steps": 256, "num_minibatches": 32, "gamma": 0.999, "gae_lambda": 0.98},
     "Pendulum": MUJOCO | {"total_timesteps": 300_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
