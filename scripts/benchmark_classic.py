@@ -5,8 +5,8 @@
     python scripts/benchmark_classic.py --runs 1 --scale 0.1        # a tenth of the steps, to look at
     python scripts/benchmark_classic.py --what scaling      # steps per second with 1 to 1024 environments
 
-`whole` is from process start to exit (imports, training, figures, checkpoint; no evaluation, which the peer does not make
-either); `steady` leaves out the first tenth of the training. Peers alternate, and ratios are taken run by run.
+`whole` is from process start to exit (imports, training, figures, checkpoint; no evaluation, which the peer does not
+make either); `steady` leaves out the first tenth of the training. Peers alternate, and ratios are taken run by run.
 Writes docs/results/classic/benchmark.csv, benchmark.md and scaling.csv. Nothing else should run on the machine.
 """
 
@@ -134,7 +134,7 @@ def speed(config: Config) -> None:
 
 def report(rows: list[dict]) -> str:
     """Medians over the runs, and the median of the ratios of the pairs with their range."""
-    lines = ["| environment | program | runs | whole run, s | CPU, s | steps/s, whole run | steps/s, steady | peak MiB |"
+    lines = ["| environment | program | runs | whole, s | CPU, s | steps/s, whole | steps/s, steady | peak MiB |"
              " last 100 episodes |", "|---|---|---|---|---|---|---|---|---|"]
     for env_id in dict.fromkeys(row["env"] for row in rows):
         found = {p: [r for r in rows if r["env"] == env_id and r["program"] == p]
