@@ -136,7 +136,7 @@ PRESETS = {  # by the name of the environment, else by the kind of its spaces
     "Acrobot": WIDE | {"num_steps": 256, "num_minibatches": 16, "ent_coef": 0.0},
     "MountainCar": WIDE | {"num_minibatches": 8, "gae_lambda": 0.98, "ent_coef": 0.0},
     "LunarLander": WIDE | {"num_steps": 256, "num_minibatches": 32, "gamma": 0.999, "gae_lambda": 0.98},
-    "Pendulum": MUJOCO | {"total_timesteps": 300_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
+    "Pendulum": MUJOCO | {"total_timesteps": 500_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
                           "learning_rate": 1e-3},
 }
 
@@ -818,6 +818,8 @@ def main(c: Config) -> dict:
                  "run_id": ""}  # recent: [return, length] of the last 100 episodes
         state = load_checkpoint(start, agent, c) if start else state
         print(f"run: {run_dir}, from step {state['global_step']} of {c.total_timesteps}")
+        if c.capture_video:  # what is missing for it shall be said now, not after the training
+            make_envs(c, 1, True, run_dir / "videos").close()
         if not c.eval_only:
             save_summary(run_dir, c, "running", {})
             train(agent, stream, state, run_dir, c)

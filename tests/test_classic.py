@@ -856,6 +856,13 @@ def test_a_worker_that_dies_ends_the_run_with_its_environment_named(here):
         assert not process.is_alive()
 
 
+def test_what_a_video_needs_is_asked_for_before_the_training(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(UsageError, match="moviepy"):
+        ppo_classic.main(tiny(output_dir="run", capture_video=True))
+    assert read_log(here / "run") == []
+
+
 # ---- Trackers -------------------------------------------------------------------------------------------------------
 
 
