@@ -213,9 +213,10 @@ class Stream:
 
     def __init__(self, envs: VectorEnv, env_id: str):
         self.envs, self.env_id, self.ended = envs, env_id, []  # ended: [return, length] of each episode
-        self.mode = envs.metadata.get("autoreset_mode")
-        if not isinstance(self.mode, AutoresetMode):
-            raise UsageError(f"{env_id}: its metadata name no known autoreset_mode")
+        try:
+            self.mode = AutoresetMode(envs.metadata.get("autoreset_mode"))
+        except ValueError as error:
+            raise UsageError(f"{env_id}: its metadata name no autoreset_mode of Gymnasium: {error}") from error
 
     def call(self, function: Callable, *args, **kwargs) -> tuple:
         try:
@@ -280,7 +281,8 @@ class Categorical:
             x = logits[:, block] - logits[:, block].max(1, keepdims=True)
             logp = x - np.log(np.exp(x).sum(1, keepdims=True))
             chosen = actions[:, i : i + 1] == np.arange(block.stop - block.start)
-            saved.append((logp, np.exp(logp), chosen, -(np.exp(logp) * logp).sum(1, keepdims=True)))
+            p = np.exp(logp)
+            saved.append((logp, p, chosen, -(p * logp).sum(1, keepdims=True)))
         return sum((logp * chosen).sum(1) for logp, _, chosen, _ in saved), sum(x[3] for x in saved)[:, 0], saved
 
     def gradient(self, saved: list, d_logprobs: ndarray, d_entropy: ndarray) -> tuple[ndarray, None]:
@@ -377,7 +379,7 @@ class Agent:
         self.weights.grad = torch.zeros_like(self.weights)
         for p, w, g in zip(parameters, self.weights.split(sizes), self.weights.grad.split(sizes), strict=True):
             p.data, p.grad = w.view_as(p), g.view_as(p)
-        self.optimizer = torch.optim.Adam([self.weights], eps=1e-5, fused=True)
+        self.moments = torch.zeros(2, len(self.weights), device=self.device)  # of Adam
         self.max_grad_norm, self.updates, self.skipped, self.failures = c.max_grad_norm, 0, 0, 0
         self.statistics = {"obs": RunningMeanStd(shape=space.shape), "returns": RunningMeanStd(shape=())}
         self.layers = []  # of tanh networks on the CPU, in numpy: views (weight, bias, d_weight, d_bias)
@@ -436,11 +438,10 @@ class Agent:
             self.networks.log_std.grad.copy_(torch.from_numpy(d_log_std))
         norm = self.weights.grad.norm().item()
         self.failures = 0 if math.isfinite(norm) else self.failures + 1
+        self.updates, self.skipped = self.updates + (self.failures == 0), self.skipped + (self.failures > 0)
         if self.failures == 0:
             self.weights.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
-            self.optimizer.param_groups[0]["lr"] = lr
-            self.optimizer.step()
-        self.updates, self.skipped = self.updates + (self.failures == 0), self.skipped + (self.failures > 0)
+            self.adam(lr)
         self.weights.grad.zero_()
         if self.device.type == "cuda":
             self.show_log_std()
@@ -448,20 +449,28 @@ class Agent:
             raise UsageError("the gradient was not finite three times in a row: lower learning_rate?")
         return norm
 
+    def adam(self, lr: float) -> None:
+        """arXiv:1412.6980, as torch.optim.Adam(eps=1e-5), which would import torch's compiler first: a second."""
+        (mean, square), gradient = self.moments, self.weights.grad
+        mean.lerp_(gradient, 0.1)
+        square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        deviation = square.sqrt().div_(math.sqrt(1 - 0.999**self.updates)).add_(1e-5)
+        self.weights.addcdiv_(mean, deviation, value=-lr / (1 - 0.9**self.updates))
+
     def tensors(self) -> dict[str, Tensor]:
         """All that a checkpoint must hold to act, to evaluate inside the training band, and to go on learning."""
-        state = self.networks.state_dict() | {f"adam.{x}": t for x, t in self.optimizer.state[self.weights].items()}
+        state = self.networks.state_dict() | {"adam": self.moments}
         state |= {f"{name}.{x}": torch.tensor(getattr(statistics, x), dtype=torch.float64)
                   for name, statistics in self.statistics.items() for x in ("mean", "var", "count")}
         return {name: x.detach().cpu().clone() for name, x in state.items()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Raises RuntimeError or KeyError where the tensors are of another network."""
-        adam = {x[5:]: tensors.pop(x).to(self.device) for x in list(tensors) if x.startswith("adam.")}
+        moments = tensors.pop("adam")
         for name, x in [(name, x) for name in self.statistics for x in ("mean", "var", "count")]:
             setattr(self.statistics[name], x, tensors.pop(f"{name}.{x}").numpy()[()])
         self.networks.load_state_dict(tensors)
-        self.optimizer.state[self.weights] = adam
+        self.moments.copy_(moments)
 
 
 # ---- PPO. Pure functions of arrays and numbers; those that ppo_llm.py has too have the same text ---------------------
@@ -564,12 +573,13 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Simpl
         r.rewards[t], r.terminated[t], r.done[t], r.valid[t], final = stream.step(head.to_env(actions))
         r.inputs[t + 1] = observe(stream.obs)
         r.last |= {(t, i): observe(obs[None])[0] for i, obs in final.items()}
-    for name, x in (("observation", r.inputs[1:]), ("reward", r.rewards)):
-        if not np.isfinite(x).all():
-            t, i = np.argwhere(~np.isfinite(x.reshape(*shape, -1)).all(2))[0]
-            raise UsageError(f"environment {i} gave a {name} that is not finite: iteration {step + 1}, step {t + 1}")
+    seen = np.stack(seen) if agent.norm_obs else r.inputs  # as the environment gave it, before any clipping
+    for name, x, first_step in (("observation", seen, 0), ("observation", r.inputs, 0), ("reward", r.rewards, 1)):
+        for t, i in np.argwhere(~np.isfinite(x.reshape(*x.shape[:2], -1)).all(2))[:1]:
+            raise UsageError(f"environment {i} gave a {name} that is not finite: iteration {step + 1}, step"
+                             f" {t + first_step}")
     if agent.norm_obs:
-        agent.statistics["obs"].update(np.stack(seen)[r.valid])  # of use from the next rollout on
+        agent.statistics["obs"].update(seen[r.valid])  # of use from the next rollout on
     if c.norm_reward == "sign":
         r.rewards = np.sign(r.rewards)
     if c.norm_reward == "scale":
@@ -684,11 +694,11 @@ def save_summary(run_dir: Path, c: Config, status: str, evaluation: dict) -> Non
     if status == "finished":
         import matplotlib.figure
 
-        figure = matplotlib.figure.Figure(figsize=(12, 6), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(14, 8))
         names = "rollout/return_100 policy/entropy policy/approx_kl policy/clipfrac value/loss value/explained_variance"
         for axis, name in zip(figure.subplots(2, 3).flat, names.split(), strict=True):
             axis.plot(np.array(table["global_step"], int), np.array(table[name], float))
-            axis.set(title=name, xlabel="global_step")
+            axis.set_title(name)  # against global_step
         figure.savefig(run_dir / "training_curves.png", dpi=80)
 
 
@@ -809,6 +819,7 @@ def train(agent: Agent, stream: Stream, state: dict, run_dir: Path, c: Config) -
 def main(c: Config) -> dict:
     check_config(c)
     torch.manual_seed(c.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     torch.use_deterministic_algorithms(c.torch_deterministic)
     with closing(make_envs(c, c.num_envs)) as envs:
         agent, stream, evaluation = Agent(envs, c), Stream(envs, c.env_id), {}

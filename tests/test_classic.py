@@ -47,7 +47,7 @@ class Toy(gym.Env):
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
         self.t = 0
-        return self.observe(), {}
+        return (self.observe() * math.inf if self.fault == "start" else self.observe()), {}
 
     def step(self, action):
         self.t += 1
@@ -147,7 +147,7 @@ def test_the_written_gradient_is_that_of_autograd_through_the_same_losses(kind, 
     inputs, batch = batch_of(agent)
     d_outputs, d_log_std, ratio, terms = ppo_gradient(agent.head, agent.forward(inputs), batch, 0.2, 0.3, config)
     written = []
-    agent.optimizer.step = lambda: written.append(agent.weights.grad.clone())
+    agent.adam = lambda lr: written.append(agent.weights.grad.clone())
     agent.step(d_outputs, d_log_std, 0.0)
 
     t = {name: torch.from_numpy(x) for name, x in batch.items()}
@@ -412,10 +412,23 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run
         agent.step(bad, None, 1e-3)
 
 
+def test_adam_is_that_of_torch():
+    agent, _ = start(tiny())
+    weights = torch.nn.Parameter(agent.weights.clone())
+    optimizer = torch.optim.Adam([weights], eps=1e-5)
+    for agent.updates in range(1, 30):
+        gradient = torch.randn(len(weights)) * 10.0 ** torch.randint(-6, 1, (len(weights),))
+        agent.weights.grad.copy_(gradient)
+        agent.adam(lr=1e-3 / agent.updates)
+        weights.grad, optimizer.param_groups[0]["lr"] = gradient, 1e-3 / agent.updates
+        optimizer.step()
+    assert torch.allclose(agent.weights, weights, atol=1e-7) and not torch.equal(agent.weights[:9], torch.zeros(9))
+
+
 def test_the_gradient_norm_is_clipped():
     agent, _ = start(tiny(max_grad_norm=0.25))
     norms = []
-    agent.optimizer.step = lambda: norms.append(agent.weights.grad.norm().item())
+    agent.adam = lambda lr: norms.append(agent.weights.grad.norm().item())
     agent.forward(np.ones((8, 4), "f4"))
     assert agent.step(np.full((8, 3), 100, "f4"), None, 1e-3) > 10
     assert norms[0] == pytest.approx(0.25, rel=1e-4)
@@ -785,6 +798,25 @@ def test_a_number_that_is_not_finite_is_named(here, field):
     assert ppo_classic.read_checkpoint(ppo_classic.checkpoints(here / "run")[-1])
 
 
+@pytest.mark.parametrize("norm_obs", [False, True])  # clipping must not hide it
+def test_an_infinite_observation_at_the_start_is_named(norm_obs):
+    config = tiny(env_id=register("Infinite", fault="start"), norm_obs=norm_obs)
+    agent, stream = start(config)
+    with pytest.raises(UsageError, match="environment 0 gave a observation that is not finite: iteration 1, step 0"):
+        collect_rollout(agent, stream, 0, config)
+
+
+@pytest.mark.parametrize(("mode", "fits"), [("NextStep", True), (None, False), ("whenever", False)])
+def test_the_autoreset_mode_is_read_from_the_metadata_and_never_assumed(mode, fits):
+    envs = ppo_classic.make_envs(tiny(), 1)
+    envs.metadata = {"autoreset_mode": mode}
+    if fits:
+        assert Stream(envs, "Env-v0").mode == AutoresetMode.NEXT_STEP
+        return
+    with pytest.raises(UsageError, match="autoreset_mode"):
+        Stream(envs, "Env-v0")
+
+
 def test_an_environment_that_raises_is_named_and_the_checkpoint_stays(here):
     ppo_classic.main(tiny(env_id=register("Raises"), output_dir="run"))
     register("Raises", fault="raises")
@@ -854,6 +886,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_environment_named(here):
         process.terminate()
         process.join(5)
         assert not process.is_alive()
+    stream.envs.closed = True  # close() would wait for an answer of the dead worker
 
 
 def test_what_a_video_needs_is_asked_for_before_the_training(here, monkeypatch):
