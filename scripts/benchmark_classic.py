@@ -4,6 +4,7 @@
     python scripts/benchmark_classic.py                     # both tasks, whole runs taken in turn: about an hour
     python scripts/benchmark_classic.py --runs 1 --scale 0.1        # a tenth of the steps, to look at
     python scripts/benchmark_classic.py --what scaling      # steps per second with 1 to 1024 environments
+    python scripts/benchmark_classic.py --what report       # benchmark.md again, from benchmark.csv
 
 `whole` is from process start to exit (imports, training, figures, checkpoint; no evaluation, which the peer does not
 make either); `steady` leaves out the first tenth of the training. Peers alternate, and ratios are taken run by run.
@@ -33,7 +34,7 @@ TASKS = {"CartPole-v1": 500_000, "HalfCheetah-v5": 300_000}  # environment: step
 
 @dataclass
 class Config:
-    what: Literal["speed", "scaling", "peer"] = "speed"  # peer is what speed starts for Stable-Baselines3
+    what: Literal["speed", "scaling", "report", "peer"] = "speed"  # peer is what speed starts for Stable-Baselines3
     envs: tuple[str, ...] = tuple(TASKS)  # environments of speed
     runs: int = 3  # pairs of runs per environment
     scale: float = 1.0  # part of the steps
@@ -123,11 +124,18 @@ def speed(config: Config) -> None:
                 rows.append({"env": env_id, "steps": steps, "run": run, "program": name,
                              "whole": steps / result["seconds"], **result, "load_average": os.getloadavg()[0]})
                 print(rows[-1], flush=True)
-    names = list(rows[0])
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with open(RESULTS / "benchmark.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
+    write_report()
+
+
+def write_report(config: Config | None = None) -> None:
+    with open(RESULTS / "benchmark.csv") as file:
+        rows = [{name: x if name in ("env", "program", "steps") else float(x or "nan") for name, x in row.items()}
+                for row in csv.DictReader(file)]
     (RESULTS / "benchmark.md").write_text(report(rows))
     print(report(rows))
 
@@ -142,7 +150,9 @@ def report(rows: list[dict]) -> str:
         for program, results in found.items():
             m = {x: statistics.median(r[x] for r in results) for x in
                  ("seconds", "cpu_seconds", "whole", "steady", "peak_mib", "last_100")}
-            lines.append(f"| {env_id} | {program} | {len(results)} | {m['seconds']:.1f} | {m['cpu_seconds']:.1f} |"
+            steps = results[0]["steps"]
+            lines.append(f"| {env_id}, {steps} steps | {program} | {len(results)} | {m['seconds']:.1f} |"
+                         f" {m['cpu_seconds']:.1f} |"
                          f" {m['whole']:.0f} | {m['steady']:.0f} | {m['peak_mib']:.0f} | {m['last_100']:.0f} |")
         ratios = {x: [a[x] / b[x] for a, b in zip(*found.values(), strict=True)] for x in ("whole", "steady")}
         cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(*found.values(), strict=True)]
@@ -189,4 +199,5 @@ def scaling_rows(ppo_classic):
 if __name__ == "__main__":
     arguments = tyro.cli(Config, use_underscores=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    {"speed": speed, "scaling": scaling, "peer": peer}[arguments.what](arguments)
+    action = {"speed": speed, "scaling": scaling, "report": write_report, "peer": peer}[arguments.what]
+    action(arguments)
