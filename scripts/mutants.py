@@ -1,10 +1,11 @@
-"""Plants one-line faults in a copy of ppo_llm.py and shows that the fast tests catch every one.
+"""Plants one-line faults in a copy of a script and shows that the fast tests catch every one.
 
-    python scripts/mutants.py                 # all, about 15 minutes on 2 cores; writes docs/results/mutants.md
-    python scripts/mutants.py --only GAE      # those whose name contains the word; writes nothing
+    python scripts/mutants.py                              # ppo_llm.py, about 15 minutes on 2 cores
+    python scripts/mutants.py --script ppo_classic         # ppo_classic.py, about 15 minutes
+    python scripts/mutants.py --only GAE                   # those whose name contains the word; writes nothing
 
 Each row: the fault, and the first test of `pytest -x -m "not slow"` that fails because of it. Exit code 1 if one
-survives.
+survives. Writes docs/results/mutants.md, or mutants_classic.md.
 """
 
 import re
@@ -14,13 +15,14 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("test_math.py", "test_rewards.py", "test_data.py", "test_update.py", "test_rollout.py")  # catch the most
 
-FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm.py, what it becomes
+LLM_FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm.py, what it becomes
     ("GAE takes the value of the same token",
      "gamma * next_value - values[:, t]", "gamma * values[:, t] - values[:, t]"),
     ("GAE without lambda", "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
@@ -93,23 +95,80 @@ FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo_llm
 ]  # fmt: skip
 
 
+CLASSIC_FAULTS: list[tuple[str, str, str]] = [  # the same for ppo_classic.py, against tests/test_classic.py
+    ("time limit counts as failure", "r.terminated if c.bootstrap_truncated else r.done", "r.done"),
+    ("failure bootstraps", "gamma * next_values * (1 - terminated)", "gamma * next_values"),
+    ("GAE crosses the end of an episode", "gamma * lam * (1 - done)", "gamma * lam * (1 - terminated)"),
+    ("GAE without lambda", "decay, running, advantages = gamma * lam *", "decay, running, advantages = gamma *"),
+    ("dummy rows are trained on", "r.valid | (not c.mask_dummy_rows)", "r.valid | True"),
+    ("dummy rows count as transitions", "valid, final = ~self.resetting, {}",
+     "valid, final = np.ones_like(self.resetting), {}"),
+    ("dummy rows in the observation statistics", "update(seen[r.valid])", "update(np.concatenate(seen))"),
+    ("dummy rows in the reward scale", "update(discounted[r.valid])", "update(discounted.flatten())"),
+    ("SAME_STEP bootstraps from the next episode", "    if r.last:\n", "    if False:\n"),
+    ("DISABLED mode never resets", 'options={"reset_mask": done}', 'options={"reset_mask": done & terminated}'),
+    ("the final observation is that of the reset", "final = {i: np.array(last[i])", "final = {i: np.array(obs[i])"),
+    ("discounted return crosses episodes", "stream.discounted = stream.discounted * ~r.done[t]",
+     "stream.discounted = stream.discounted * ~r.terminated[t]"),
+    ("clipped rows keep a gradient", "ratio * (clipped + bounded - 1)", "ratio * (bounded - 1)"),
+    ("clipped values keep a gradient", "(values - returns) * (1 - value_clipped)", "(values - returns)"),
+    ("entropy is punished", "d_logprobs, -c.ent_coef * weights", "d_logprobs, c.ent_coef * weights"),
+    ("vf_coef ignored", "d_values = c.vf_coef * weights *", "d_values = weights *"),
+    ("the penalty pushes away", "+ kl_coef * (ratio - 1))", "- kl_coef * (ratio - 1))"),
+    ("the KL is the other way round", "kl = ratio - 1 - (logprobs - old_logprobs)",
+     "kl = 1 / ratio - 1 + (logprobs - old_logprobs)"),
+    ("derivative of tanh without its square", "(1 - x * x)", "(1 - x)"),
+    ("clipped actions are stored", "r.actions[t] = actions = head.act(agent.policy(r.inputs[t]), noise[t])",
+     "r.actions[t] = actions = head.to_env(head.act(agent.policy(r.inputs[t]), noise[t])).reshape(c.num_envs, -1)"),
+    ("actions are not clipped", "np.minimum(np.maximum(actions, self.low), self.high)", "actions"),
+    ("MultiDiscrete start forgotten", "(actions + self.start)", "actions"),
+    ("noise ignored", "noisy = logits + noise", "noisy = logits + 0 * noise"),
+    ("advantages normalised with the padding", "count = mask.sum(1, keepdims=True).clip(min=1)",
+     "count = np.full((len(mask), 1), mask.shape[1], np.float32)"),
+    ("padding rows weigh", 'shuffled["weights"] = mask /', 'shuffled["weights"] = np.ones_like(mask) /'),
+    ("rows drawn with replacement", "rng.permutation(rows)", "rng.choice(rows, len(rows))"),
+    ("no gradient clipping", "min(1.0, self.max_grad_norm / (norm + 1e-6))", "1.0"),
+    ("a non-finite gradient is applied", "if self.failures == 0:", "if True:"),
+    ("target_kl ignored", "epochs[-1][3] > c.target_kl", "False"),
+    ("advantages never recomputed", "if epochs and c.recompute_advantages:", "if False:"),
+    ("statistics do not come back", 'setattr(self.statistics[name], x, tensors.pop(f"{name}.{x}").numpy()[()])',
+     'tensors.pop(f"{name}.{x}")'),
+    ("resume forgets Adam", "self.moments.copy_(moments)", "pass"),
+    ("Adam without its bias correction", "1 - 0.9**self.updates", "1"),
+    ("resume forgets the KL coefficient", 'return saved["state"]', 'return saved["state"] | {"kl_coef": c.kl_coef}'),
+    ("evaluation takes the first episodes to end", "if left[i] > 0]", "if left.any()]"),
+    ("environments of one seed", "generate_state(1)[0] >> 1)", "generate_state(1)[0] * 0)"),
+    ("no reset after a checkpoint", '            stream.restart(c.seed, RESET, state["step"])\n', "            pass\n"),
+    ("damage goes unnoticed", 'raise ValueError("its hash is another")', "pass"),
+    ("a batch may be missing", "if c.total_timesteps < batch:", "if False:"),
+]  # fmt: skip
+SCRIPTS = {"ppo_llm": LLM_FAULTS, "ppo_classic": CLASSIC_FAULTS}
+
+
 @dataclass
 class Config:
+    script: Literal["ppo_llm", "ppo_classic"] = "ppo_llm"  # which file the faults are planted in
     only: str = ""  # run the faults whose name contains this
 
 
-def first_failure(old: str, new: str) -> str:
-    """Name of the first failing test with `old` replaced by `new` in ppo_llm.py, or "" if all pass."""
-    text = (ROOT / "ppo_llm.py").read_text()
+def tests_of(script: str) -> list[str]:
+    """The tests that look at a script, those that catch the most first."""
+    if script == "ppo_classic":
+        return ["tests/test_classic.py", "--noconftest"]  # conftest.py imports transformers: half of the time
+    rest = sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+    return [f"tests/{x}" for x in dict.fromkeys((*FIRST, *rest)) if x not in ("test_source.py", "test_classic.py")]
+
+
+def first_failure(script: str, old: str, new: str) -> str:
+    """Name of the first failing test with `old` replaced by `new` in the script, or "" if all pass."""
+    text = (ROOT / f"{script}.py").read_text()
     assert text.count(old) == 1, f"{text.count(old)} places for {old!r}"
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "output", "__pycache__", ".venv"))
-        (copy / "ppo_llm.py").write_text(text.replace(old, new))
-        tests = [f"tests/{name}" for name in FIRST]
-        tests += [f"tests/{p.name}" for p in sorted((copy / "tests").glob("test_*.py"))
-                  if p.name not in (*FIRST, "test_source.py")]
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+        (copy / f"{script}.py").write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+        command += tests_of(script)
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     if done.returncode == 0:
         return ""
@@ -119,24 +178,26 @@ def first_failure(old: str, new: str) -> str:
 
 
 def main(config: Config) -> None:
-    text = (ROOT / "ppo_llm.py").read_text()
-    missing = [name for name, old, _ in FAULTS if text.count(old) != 1]
-    assert not missing, f"not one place in ppo_llm.py for: {missing}"
-    failure = first_failure("def warn(sentence", "def warn(sentence")
+    script, faults = config.script, SCRIPTS[config.script]
+    text = (ROOT / f"{script}.py").read_text()
+    missing = [name for name, old, _ in faults if text.count(old) != 1]
+    assert not missing, f"not one place in {script}.py for: {missing}"
+    failure = first_failure(script, "def warn(sentence", "def warn(sentence")
     assert not failure, f"{failure} fails without a fault"
     lines, survivors = ["| fault | caught by |", "|---|---|"], 0
-    for name, old, new in FAULTS:
+    for name, old, new in faults:
         if config.only not in name:
             continue
-        test = first_failure(old, new)
+        test = first_failure(script, old, new)
         survivors += not test
         lines.append(f"| {name} | {f'`{test}`' if test else '**survives**'} |")
         print(lines[-1], flush=True)
     caught = len(lines) - 2 - survivors
-    lines += ["", f"{caught} of {len(lines) - 2} faults are caught. Command: `python scripts/mutants.py`"]
+    command = "python scripts/mutants.py" + ("" if script == "ppo_llm" else f" --script {script}")
+    lines += ["", f"{caught} of {len(lines) - 2} faults are caught. Command: `{command}`"]
     print(lines[-1])
     if not config.only:
-        path = ROOT / "docs" / "results" / "mutants.md"
+        path = ROOT / "docs" / "results" / ("mutants.md" if script == "ppo_llm" else "mutants_classic.md")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
     sys.exit(bool(survivors))
