@@ -1056,11 +1056,12 @@ def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tupl
 @torch.no_grad()
 def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
     """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
-    results = [torch.zeros_like(rollout.mask) for _ in range(4)]
+    results: list[Tensor | None] = [None] * 4
     for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c):
-        for result, x in zip(results, forward(model, part, c.temperature, reference, token_head), strict=True):
+        for head, x in enumerate(forward(model, part, c.temperature, reference, token_head)):
             if x is not None:
-                result[rows, : part.mask.shape[1]] = x
+                results[head] = torch.zeros_like(rollout.mask) if results[head] is None else results[head]
+                results[head][rows, : part.mask.shape[1]] = x
     return results
 
 

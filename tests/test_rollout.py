@@ -660,3 +660,11 @@ def test_bf16_logprobs_come_from_the_updates_kind_of_pass_in_fp32(folder):
     assert rollout.old_logprobs.dtype == torch.float32 and 0 < metrics["rollout/logprob_gap"] < 2e-2
     ratio = (forward(models.actor.model, rollout, 1.0)[0] - rollout.old_logprobs).exp()
     close(ratio, torch.ones_like(ratio), 2e-2)
+
+
+def test_without_a_critic_a_rollout_in_bf16_has_no_values(folder):
+    config = make_config(folder, dtype="bfloat16", adv_estimator="grpo", rollout_n=2)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    assert "rollout/logprob_gap" in metrics and rollout.old_values is None
+    assert ppo_llm.describe(rollout, "train", models, config)[0]["value"] is None
