@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import functools
 import json
 import os
 import random
@@ -115,11 +116,17 @@ def make_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[int]
     return [[choice.randrange(3, 64) for _ in range(choice.randrange(1, longest + 1))] for _ in range(count)]
 
 
+@functools.cache
+def load_reward(spec: str):
+    """A reward, loaded once: a function has a process of its own."""
+    return ppo_llm.load_reward(ppo_llm.Config(reward=spec))
+
+
 def collect(models: ppo_llm.Models, config: ppo_llm.Config, step: int = 0, kl_coef: float | None = None):
     """A rollout of the config's size and its metrics."""
     prompts = make_prompts(config.train_batch_size, seed=step)
     examples = [ppo_llm.Example("", "", prompt) for prompt in prompts for _ in range(config.rollout_n)]
-    reward = ppo_llm.load_reward(config.reward)
+    reward = load_reward(config.reward)
     coefficient = config.kl_coef if kl_coef is None else kl_coef
     return ppo_llm.collect_rollout(models, reward, examples, step, coefficient, config)
 

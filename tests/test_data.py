@@ -512,7 +512,7 @@ def no_models(monkeypatch, tmp_path):
     ({"critic_model": "missing/folder"}, jsonl(ROWS), "model missing/folder: "),
     ({"model": "."}, jsonl(ROWS), "model .: "),
     ({"use_kl_in_reward": True, "use_kl_loss": True}, jsonl(ROWS), "one replaces the other"),
-    ({"reward": "missing.py:f"}, jsonl(ROWS), "reward 'missing.py:f'"),
+    ({"reward": "missing.py:f"}, jsonl(ROWS * 2), "reward 'missing.py:f'"),
     ({"eval_dataset": "missing.jsonl"}, jsonl(ROWS * 2), "missing.jsonl"),
     ({"track": "trackio"}, jsonl(ROWS * 2), "pip install trackio"),
 ])

@@ -1,8 +1,10 @@
 """The GSM8K rules, the user's reward function and the shaping of scores."""
 
+import concurrent.futures
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -54,7 +56,7 @@ def test_the_strict_rule_looks_at_the_last_300_characters():
 
 def test_the_reward_named_gsm8k_is_the_strict_rule():
     responses, answers = [form[0] for form in FORMS], [form[1] for form in FORMS]
-    scores = ppo_llm.load_reward("gsm8k")([""] * len(FORMS), responses, answers)
+    scores = ppo_llm.load_reward(Config())([""] * len(FORMS), responses, answers)
     assert scores == [form[2] for form in FORMS]
 
 
@@ -94,40 +96,72 @@ def test_both_rules_accept_all_8792_solutions_of_gsm8k():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# load_reward, score_responses.
+# load_reward, RewardFunction, score_responses.
 
 
-def write_reward(tmp_path: Path, body: str) -> str:
+def write_reward(tmp_path: Path, body: str, head: str = "") -> str:
     path = tmp_path / "my_reward.py"
-    path.write_text(f"def score(prompts, responses, answers):\n    return {body}\n")
+    path.write_text(f"{head}\ndef score(prompts, responses, answers):\n    {body}\n")
     return f"{path}:score"
 
 
-def scores_of(reward, texts: list[str]) -> torch.Tensor:
+def reward_of(tmp_path: Path, body: str, head: str = "", **flags):
+    return ppo_llm.load_reward(Config(reward=write_reward(tmp_path, body, head), **flags))
+
+
+def measure(reward, texts: list[str], failed_score: float | None = None) -> tuple[torch.Tensor, dict]:
     examples = [Example(f"prompt {i}", f"answer {i}", [1]) for i in range(len(texts))]
-    return ppo_llm.score_responses(reward, examples, texts)
+    return ppo_llm.score_responses(reward, examples, texts, failed_score)
+
+
+def scores_of(reward, texts: list[str]) -> torch.Tensor:
+    return measure(reward, texts)[0]
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, as a zombie too."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process has ended or does so at once; an orphan may stay a zombie where nobody collects it."""
+    for _ in range(500):
+        if not is_running(pid) or "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_a_users_function_gets_prompts_responses_and_answers_in_order(tmp_path):
-    body = "[float(p[-1] + a[-1]) + len(r) / 10 for p, r, a in zip(prompts, responses, answers)]"
-    scores = scores_of(ppo_llm.load_reward(write_reward(tmp_path, body)), ["", "x", "xx"])
-    assert scores.tolist() == pytest.approx([0.0, 11.1, 22.2])
+    body = "return [float(p[-1] + a[-1]) + len(r) / 10 for p, r, a in zip(prompts, responses, answers)]"
+    assert scores_of(reward_of(tmp_path, body), ["", "x", "xx"]).tolist() == pytest.approx([0.0, 11.1, 22.2])
 
 
 def test_a_users_file_may_use_its_own_imports_and_globals(tmp_path):
+    (tmp_path / "beside.py").write_text("import math\nBONUS = math.pi\n")
+    reward = reward_of(tmp_path, "return [beside.BONUS + math.e for _ in responses]", "import beside, math")
+    assert scores_of(reward, ["a", "b"]).tolist() == pytest.approx([math.pi + math.e] * 2)
+
+
+@pytest.mark.parametrize("head", ["from functools import partial\ndef f(x, p, r, a):\n    return [x] * len(r)\n"
+                                  "score = partial(f, 3.0)", "class C:\n    def __call__(self, p, r, a):\n"
+                                  "        return [3.0] * len(r)\nscore = C()"])
+def test_a_reward_may_be_any_object_that_can_be_called(tmp_path, head):
     path = tmp_path / "my_reward.py"
-    path.write_text("import math\nBONUS = math.pi\ndef score(p, r, a):\n    return [BONUS + math.e for _ in r]\n")
-    scores = scores_of(ppo_llm.load_reward(f"{path}:score"), ["a", "b"])
-    assert scores.tolist() == pytest.approx([math.pi + math.e] * 2)
+    path.write_text(head)
+    assert scores_of(ppo_llm.load_reward(Config(reward=f"{path}:score")), ["a", "b"]).tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("spec", ["gsm", "{}/missing.py:score", "{}/my_reward.txt:score", "{}/my_reward.py", "", ":f"])
-def test_a_reward_that_is_no_file_is_refused_with_its_name(tmp_path, spec):
-    write_reward(tmp_path, "[]")
-    (tmp_path / "my_reward.txt").write_text("")
-    spec = spec.format(tmp_path)
-    with pytest.raises(UsageError, match="neither gsm8k nor FILE.py:function") as error:
-        ppo_llm.load_reward(spec)
+def test_a_function_keeps_its_state_from_call_to_call_as_a_module_does(tmp_path):
+    reward = reward_of(tmp_path, "CALLS.append(1); return [float(len(CALLS))] * len(responses)", "CALLS = []")
+    assert [scores_of(reward, ["a"]).item() for _ in range(3)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("spec", ["gsm", "{}/missing.py:score", "{}/my_reward.py", "", ":f"])
+def test_a_reward_that_is_no_file_and_no_model_is_refused_with_its_name(tmp_path, spec):
+    spec = write_reward(tmp_path, "return []") and spec.format(tmp_path)
+    with pytest.raises(UsageError, match="neither gsm8k, nor FILE.py:function") as error:
+        ppo_llm.load_reward(Config(reward=spec))
     assert repr(spec) in str(error.value)
 
 
@@ -135,36 +169,148 @@ def test_a_reward_that_is_no_file_is_refused_with_its_name(tmp_path, spec):
 def test_a_reward_file_without_the_function_is_refused(tmp_path, name):
     path = tmp_path / "my_reward.py"
     path.write_text("NUMBER = 3\n")
-    with pytest.raises(UsageError, match="no function"):
-        ppo_llm.load_reward(f"{path}:{name}")
+    with pytest.raises(UsageError, match=f"there is no function {name}"):
+        ppo_llm.load_reward(Config(reward=f"{path}:{name}"))
 
 
-@pytest.mark.parametrize(("returned", "count"), [([1.0], 1), ([1.0] * 4, 4), ([], 0)])
-def test_a_wrong_number_of_scores_is_refused_with_both_numbers(returned, count):
-    with pytest.raises(UsageError, match=f"{count} scores for 3 responses"):
-        scores_of(lambda p, r, a: returned, ["a", "b", "c"])
+def test_a_reward_file_that_cannot_be_imported_is_refused_with_the_reason_and_the_line(tmp_path):
+    with pytest.raises(UsageError, match=r"No module named 'no_such_thing'.*my_reward\.py:1"):
+        reward_of(tmp_path, "return []", "import no_such_thing")
 
 
-@pytest.mark.parametrize("bad", [None, math.nan, math.inf, -math.inf, "1.0", [1.0], 1j])
-def test_a_score_that_is_no_finite_number_is_refused_with_its_row_and_response(bad):
+@pytest.mark.parametrize("returned", ["[1.0]", "[1.0] * 4", "[]", "None", "2.0", "'abc'", "{'a': 1}"])
+def test_anything_but_one_score_per_response_is_refused(tmp_path, returned):
+    with pytest.raises(UsageError, match="must return 3 scores, one per response, not"):
+        scores_of(reward_of(tmp_path, f"return {returned}"), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("bad", ["None", "float('nan')", "float('inf')", "-float('inf')", "'1.0'", "[1.0]"])
+def test_a_score_that_is_no_finite_number_is_refused_with_its_row_and_response(tmp_path, bad):
     with pytest.raises(UsageError, match="row 1") as error:
-        scores_of(lambda p, r, a: [1.0, bad, 0.0], ["first", "second", "third"])
-    assert repr(bad) in str(error.value) and "second" in str(error.value)
+        scores_of(reward_of(tmp_path, f"return [1.0, {bad}, 0.0]"), ["first", "second", "third"])
+    assert repr(eval(bad)) in str(error.value) and "second" in str(error.value)
 
 
-def test_a_reward_that_returns_nothing_is_refused():
-    with pytest.raises(UsageError, match="None"):  # a forgotten return
-        scores_of(lambda p, r, a: None, ["a", "b"])
+def test_a_function_that_raises_ends_the_run_with_its_message_and_line(tmp_path):
+    with pytest.raises(UsageError, match=r"ZeroDivisionError.*my_reward\.py:3"):
+        scores_of(reward_of(tmp_path, "return [1 / 0]"), ["a"])
 
 
-def test_zero_is_a_score_and_so_are_booleans_and_integers():
-    scores = scores_of(lambda p, r, a: [0.0, False, -0.0, True, 7, -2], list("abcdef"))
+def test_zero_is_a_score_and_so_are_booleans_and_integers(tmp_path):
+    reward = reward_of(tmp_path, "return [0.0, False, -0.0, True, 7, -2]", failed_score=-9.0)
+    scores, metrics = measure(reward, list("abcdef"), -9.0)
     assert scores.dtype == torch.float32
-    assert scores.tolist() == [0, 0, 0, 1, 7, -2]
+    assert scores.tolist() == [0, 0, 0, 1, 7, -2] and metrics == {}
 
 
-def test_any_iterable_of_scores_will_do():
-    assert scores_of(lambda p, r, a: (len(x) for x in r), ["", "xx"]).tolist() == [0, 2]
+@pytest.mark.parametrize("returned", ["(len(x) for x in responses)", "numpy.array([0.0, 2.0])", "(0, numpy.int64(2))"])
+def test_any_iterable_of_numbers_will_do(tmp_path, returned):
+    assert scores_of(reward_of(tmp_path, f"return {returned}", "import numpy"), ["", "xx"]).tolist() == [0, 2]
+
+
+def test_further_numbers_become_metrics(tmp_path):
+    reward = reward_of(tmp_path, "return [1.0, 0.0], {'words': [3, 5], 'polite': [True, False]}")
+    scores, metrics = measure(reward, ["a", "b"])
+    assert scores.tolist() == [1, 0]
+    assert {name: x.item() for name, x in metrics.items()} == {"words": 4, "polite": 0.5}
+
+
+HANG = """
+import os, signal, time
+for number in range(1, 32):
+    try:
+        signal.signal(number, signal.SIG_IGN)
+    except OSError:
+        pass
+child = os.fork() if FORK else 1
+if child == 0:
+    time.sleep(1000)
+open(PIDS, "a").write(f"{os.getpid()} {child}\\n")
+"""
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_function_that_hangs_and_ignores_signals_is_killed_at_the_deadline(tmp_path, fork):
+    head = f"FORK, PIDS = {fork}, {str(tmp_path / 'pids')!r}\n{HANG}"
+    reward = reward_of(tmp_path, "time.sleep(1000)", head, reward_timeout=0.5)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match=r"no answer within 0\.5 seconds"):
+        scores_of(reward, ["a", "b"])
+    assert time.monotonic() - began < 5
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split() if pid != "1"]
+    assert len(pids) == 1 + fork
+    assert not is_running(pids[0])  # waited for: not even a zombie
+    assert all(map(has_ended, pids))
+
+
+@pytest.mark.parametrize("failure", ["time.sleep(1000)", "1 / 0", "os._exit(3)", "sys.exit()"])
+def test_with_a_failed_score_only_the_rows_that_fail_get_it_and_are_counted(tmp_path, failure):
+    body = f"if 'bad' in responses: {failure}\n    return [float(len(r)) for r in responses]"
+    reward = reward_of(tmp_path, body, "import os, sys, time", reward_timeout=0.5, failed_score=-1.0)
+    texts = ["x" * i for i in range(20)]
+    texts[7] = "bad"
+    scores, metrics = measure(reward, texts, -1.0)
+    assert scores.tolist() == [*range(7), -1, *range(8, 20)]
+    assert metrics["failed"].item() == 1 / 20
+    assert scores_of(reward, ["x"] * 3).tolist() == [1, 1, 1]  # and it goes on
+
+
+def test_a_score_that_is_no_number_counts_as_failed_where_there_is_a_failed_score(tmp_path):
+    reward = reward_of(tmp_path, "return [1.0, None, 0.0]", failed_score=0.25)
+    scores, metrics = measure(reward, ["a", "b", "c"], 0.25)
+    assert scores.tolist() == [1, 0.25, 0]
+    assert metrics["failed"].item() == pytest.approx(1 / 3)
+
+
+def test_a_reward_that_fails_on_many_responses_ends_the_run_all_the_same(tmp_path):
+    body = "if 'bad' in responses: 1 / 0\n    return [1.0] * len(responses)"
+    reward = reward_of(tmp_path, body, failed_score=0.0)
+    assert measure(reward, ["bad"] * 2 + ["a"] * 18, 0.0)[1]["failed"].item() == 0.1
+    with pytest.raises(UsageError, match="more than a tenth"):
+        measure(reward, ["bad"] * 3 + ["a"] * 18, 0.0)
+
+
+def test_metrics_of_the_halves_are_put_together(tmp_path):
+    body = "if 'bad' in responses: 1 / 0\n    return [1.0] * len(responses), {'n': [len(r) for r in responses]}"
+    scores, metrics = measure(reward_of(tmp_path, body, failed_score=0.0), ["x", "bad", "xxx", "xxxxx"], 0.0)
+    assert scores.tolist() == [1, 0, 1, 1]
+    assert metrics["n"].item() == 3
+
+
+def test_a_reward_can_be_called_from_any_thread(tmp_path):
+    reward = reward_of(tmp_path, "return [1.0 * len(r) for r in responses]")
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(scores_of, reward, ["", "xx"]).result(timeout=30).tolist() == [0, 2]
+
+
+def test_a_function_sees_only_the_environment_that_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setenv("JUDGE_URL", "http://judge")
+    monkeypatch.setenv("JUDGE_KEY", "1234")
+    head = "import os, pathlib\nFIRST = pathlib.Path('/proc/self/environ').read_text()"
+    body = ("seen = [os.environ.get(x) for x in ('HF_TOKEN', 'JUDGE_URL', 'JUDGE_KEY')]\n"
+            "    return [float(seen == [None, 'http://judge', '1234'] and 'secret' not in FIRST)]")
+    assert scores_of(reward_of(tmp_path, body, head, reward_env="JUDGE_URL,JUDGE_KEY,ABSENT"), ["a"]).item() == 1
+    assert scores_of(reward_of(tmp_path, body, head), ["a"]).item() == 0
+
+
+def test_the_process_ends_with_its_reward(tmp_path):
+    reward = reward_of(tmp_path, "return [float(os.getpid())] * len(responses)", "import os")
+    pid = int(scores_of(reward, ["a"]).item())
+    assert is_running(pid)
+    del reward
+    assert not is_running(pid)
+
+
+def test_what_a_function_prints_does_not_disturb_it(tmp_path, capfd):
+    assert scores_of(reward_of(tmp_path, "print('judging'); return [2.0]"), ["a"]).item() == 2
+    assert "judging" in capfd.readouterr().out
+
+
+def test_responses_with_any_characters_reach_the_function_unchanged(tmp_path):
+    texts = ["", "\n\r\x00\x85", "é漢🙂\ufffd", '"\\', " "]
+    body = f"return [float(responses == {texts!r})] * 5"
+    assert scores_of(reward_of(tmp_path, body), texts).tolist() == [1] * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

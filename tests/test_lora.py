@@ -1,0 +1,282 @@
+"""LoRA: adapters of the policy and of the critic on one frozen trunk, which without them is the reference."""
+
+import contextlib
+import dataclasses
+import io
+
+import pytest
+import torch
+import transformers
+from conftest import collect, make_config, make_lm, make_models, plain, save_folder, take_steps
+from safetensors.torch import load_file
+
+import ppo_llm
+from ppo_llm import FULL_KL, LOGPROBS, VALUES, Config, UsageError, forward, update
+
+LORA = {"lora_rank": 4, "critic": "adapter", "lr": 1e-2, "kl_ctrl_coef": 0.1}
+
+
+def logits_of(lm, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return lm(torch.tensor([ids])).logits
+
+
+def snapshot(models: ppo_llm.Models, part: str) -> dict[str, torch.Tensor]:
+    """Copies of the trunk's parameters whose name contains `part`."""
+    return {name: w.detach().clone() for name, w in models.actor.model.lm.named_parameters() if part in name}
+
+
+def moved(before: dict, after: dict) -> list[bool]:
+    assert before and before.keys() == after.keys()
+    return [not torch.equal(before[name], after[name]) for name in before]
+
+
+def base_weights(models: ppo_llm.Models) -> dict[str, torch.Tensor]:
+    return {name: w for name, w in snapshot(models, "").items() if "lora_" not in name}
+
+
+def test_actor_critic_and_reference_share_one_trunk(folder):
+    models = make_models(make_config(folder, **LORA))
+    lm = models.actor.model.lm
+    assert models.critic.model.lm is lm and models.reference.lm is lm
+    nets = models.actor.model, models.critic.model, models.reference
+    assert [net.adapter for net in nets] == ["policy", "critic", None]
+
+
+def test_resident_weights_of_three_models_are_hardly_more_than_those_of_one(tmp_path):
+    # the proportions of a real model: hidden size 512 and rank 4
+    lm = make_lm(hidden_size=512, intermediate_size=2048, num_hidden_layers=2)
+    config = make_config(save_folder(tmp_path / "m", lm), **LORA)
+    models = make_models(config)
+    nets = models.actor.model, models.critic.model, models.reference
+    resident = {w.data_ptr(): w.nbytes for net in nets for w in net.parameters()}
+    one = sum(w.nbytes for w in lm.parameters())
+    assert one < sum(resident.values()) <= 1.15 * one
+
+
+def test_at_the_start_the_policy_is_the_base_model_and_the_kl_is_0(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    assert abs(metrics["reward/kl"].item()) < 1e-6
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = [5, 9, 30]
+    models.actor.model.select_adapter()
+    models.actor.model.lm.set_attn_implementation("eager")
+    torch.testing.assert_close(logits_of(models.actor.model.lm, ids), logits_of(plain(lm), ids), atol=1e-5, rtol=1e-5)
+
+
+def test_training_moves_both_adapters_and_no_weight_of_the_trunk(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    base, policy, critic = base_weights(models), snapshot(models, ".policy."), snapshot(models, ".critic.")
+    head = models.critic.model.value_head.weight.detach().clone()
+    take_steps(models, config, 2)
+    assert not any(moved(base, base_weights(models)))
+    assert all(moved(policy, snapshot(models, ".policy.")))
+    assert all(moved(critic, snapshot(models, ".critic.")))
+    assert not torch.equal(head, models.critic.model.value_head.weight)
+
+
+@pytest.mark.parametrize(("role", "still"), [("actor", ".critic."), ("critic", ".policy.")])
+def test_an_update_moves_the_adapter_of_its_role_only(folder, role, still):
+    config = make_config(folder, value_head_init="normal", **LORA)
+    models = make_models(config)
+    rollout, _ = collect(models, config)
+    before, own = snapshot(models, still), snapshot(models, ".policy." if role == "actor" else ".critic.")
+    update(role, models, rollout, 0, 3, 0.0, config)
+    assert not any(moved(before, snapshot(models, still)))
+    assert any(moved(own, snapshot(models, ".policy." if role == "actor" else ".critic.")))
+
+
+def test_after_training_the_trunk_without_adapters_is_still_the_reference(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    rollout, _ = collect(models, config)
+    before = forward(models.reference, rollout, 1.0)[LOGPROBS]
+    take_steps(models, config, 2)
+    assert torch.equal(forward(models.reference, rollout, 1.0)[LOGPROBS], before)
+    assert not torch.allclose(forward(models.actor.model, rollout, 1.0)[LOGPROBS], before, atol=1e-3)
+    assert collect(models, config)[1]["reward/kl"].item() != 0
+
+
+def test_values_and_log_probs_do_not_depend_on_which_model_computed_before(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    take_steps(models, config, 2)
+    rollout, _ = collect(models, config)
+    nets = {"policy": (models.actor.model, LOGPROBS), "critic": (models.critic.model, VALUES),
+            "reference": (models.reference, LOGPROBS)}
+    with torch.no_grad():
+        first = {name: forward(net, rollout, 1.0)[head] for name, (net, head) in nets.items()}
+        for name in ("reference", "critic", "policy", "critic", "reference", "policy"):
+            net, head = nets[name]
+            assert torch.equal(forward(net, rollout, 1.0)[head], first[name]), name
+
+
+@pytest.mark.parametrize("flags", [{}, {"use_kl_loss": True, "kl_loss_type": "full", "kl_loss_coef": 0.5}])
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_gradients_under_checkpointing_are_those_without(folder, flags, role):
+    gradients = []
+    for checkpointing in (False, True):
+        config = make_config(folder, gradient_checkpointing=checkpointing, entropy_coeff=0.1, **LORA | flags)
+        models = make_models(config)
+        take_steps(models, dataclasses.replace(config, ppo_epochs=2))  # B is no longer 0, and there is a KL
+        rollout, _ = collect(models, config, step=1)
+        learner = models.actor if role == "actor" else models.critic
+        learner.model.train()
+        weights = ppo_llm.loss_weights(rollout.mask, "token-mean", 1.0)
+        loss_of = ppo_llm.actor_loss if role == "actor" else ppo_llm.critic_loss
+        learner.backward(loss_of(models, rollout, weights, 0.5, config)[0])
+        gradients.append([w.grad.clone() for w in learner.masters])
+    for plain_gradient, recomputed in zip(*gradients, strict=True):
+        assert plain_gradient.norm() > 0
+        torch.testing.assert_close(recomputed, plain_gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_full_kl_of_a_lora_policy_is_that_to_the_trunk(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    take_steps(models, config, 2)
+    rollout, _ = collect(models, config)
+    with torch.no_grad():
+        kl = forward(models.actor.model, rollout, 1.0, models.reference)[FULL_KL]
+        policy = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        i, t = 0, len(rollout.responses[0]) - 1
+        ids = rollout.prompts[i] + rollout.responses[i][:t]
+        reference = logits_of(plain(policy), ids)[0, -1].log_softmax(-1)
+        models.actor.model.select_adapter()
+        models.actor.model.lm.set_attn_implementation("eager")
+        logp = logits_of(models.actor.model.lm, ids)[0, -1].log_softmax(-1)
+    assert kl[i, t].item() == pytest.approx((logp.exp() * (logp - reference)).sum().item(), rel=1e-3, abs=1e-6)
+
+
+def test_the_engine_samples_from_the_adapted_policy(folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    take_steps(models, config, 3)
+    rollout, _ = collect(models, config)
+    ratio = (forward(models.actor.model, rollout, 1.0)[LOGPROBS] - rollout.old_logprobs).abs().max()
+    assert ratio < 1e-5
+    assert (rollout.ref_logprobs - rollout.old_logprobs).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_a_shared_or_separate_critic_works_beside_an_adapter(folder, critic):
+    config = make_config(folder, **LORA | {"critic": critic})
+    models = make_models(config)
+    base, policy = base_weights(models), snapshot(models, ".policy.")
+    metrics = take_steps(models, config, 2)
+    assert not any(moved(base, base_weights(models))) and all(moved(policy, snapshot(models, ".policy.")))
+    assert metrics["value/loss"] > 0
+
+
+def test_the_adapters_start_depends_on_the_seed_alone(folder):
+    torch.manual_seed(7)
+    first = snapshot(make_models(make_config(folder, **LORA)), "lora_A")
+    torch.manual_seed(8)
+    again = snapshot(make_models(make_config(folder, **LORA)), "lora_A")
+    other = snapshot(make_models(make_config(folder, seed=2, **LORA)), "lora_A")
+    assert not any(moved(first, again)) and all(moved(first, other))
+
+
+def test_alpha_scales_the_adapter_and_target_names_its_layers(folder):
+    for alpha, scale in ((None, 2.0), (4.0, 1.0), (1.0, 0.25)):
+        lm = make_models(make_config(folder, lora_alpha=alpha, lora_target="q_proj,v_proj", **LORA)).actor.model.lm
+        layers = {name.split(".")[-1]: m.scaling["policy"] for name, m in lm.named_modules() if hasattr(m, "scaling")
+                  and isinstance(m.scaling, dict)}
+        assert layers == {"q_proj": scale, "v_proj": scale}
+
+
+def test_bf16_adapters_have_fp32_masters(folder):
+    config = make_config(folder, dtype="bfloat16", **LORA)
+    models = make_models(config)
+    assert {w.dtype for w in models.actor.weights} == {torch.bfloat16}
+    assert {w.dtype for w in models.actor.masters} == {torch.float32}
+    policy = snapshot(models, ".policy.")
+    take_steps(models, config, 2)
+    assert all(moved(policy, snapshot(models, ".policy.")))
+
+
+def run(config: Config) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        ppo_llm.main(config)
+
+
+def test_the_export_is_an_adapter_or_a_merged_plain_model_with_equal_logits(folder, tmp_path, no_figures):
+    config = make_config(folder, total_steps=2, **LORA)
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "a")))
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "b"), merge_lora=True))
+    ids = [5, 9, 30, 12]
+    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    names = load_file(tmp_path / "a" / "model" / "adapter_model.safetensors")
+    assert names and not any("critic" in name for name in names)  # the policy's adapter only
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
+    merged_files = {path.name for path in (tmp_path / "b" / "model").iterdir()}
+    assert "model.safetensors" in merged_files and not any("adapter" in name for name in merged_files)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(logits_of(merged, ids), logits_of(adapted, ids), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits_of(merged, ids), logits_of(base, ids), atol=1e-3)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b" / "model").eos_token == "<|endoftext|>"
+
+
+def test_a_resumed_run_continues_bitwise(folder, tmp_path, no_figures):
+    config = make_config(folder, total_steps=4, save_every=2, save_total_limit=9, **LORA)
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "straight")))
+    resumed = dataclasses.replace(config, output_dir=str(tmp_path / "resumed"),
+                                  resume=str(tmp_path / "straight" / "checkpoints" / "step_2"))
+    run(resumed)
+    for name in ("actor", "critic"):
+        straight, again = (load_file(tmp_path / x / "checkpoints" / "step_4" / f"{name}.safetensors")
+                           for x in ("straight", "resumed"))
+        assert straight.keys() == again.keys() and all(torch.equal(straight[key], again[key]) for key in straight)
+    sizes = [x.stat().st_size for x in (tmp_path / "straight" / "checkpoints" / "step_4").glob("*.safetensors")]
+    assert max(sizes) < 3 * 4 * sum(w.numel() for w in make_lm().parameters())  # three fp32 numbers: only of adapters
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_a_checkpoint_of_another_rank_is_refused(folder, tmp_path, no_figures, rank):
+    config = make_config(folder, total_steps=1, **LORA)
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
+    changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), lora_rank=rank,
+                                  critic="adapter" if rank else "separate",
+                                  resume=str(tmp_path / "r" / "checkpoints" / "step_1"))
+    with pytest.raises(UsageError, match="was made with (lora_rank 4|critic adapter)"):
+        run(changed)
+
+
+@pytest.mark.parametrize("flags", [
+    {"critic": "adapter"}, {"merge_lora": True}, {"critic": "adapter", "lora_rank": 4, "critic_model": "x"},
+    {"lora_rank": 0}, {"lora_rank": -1}, {"lora_rank": 4, "lora_alpha": 0.0}])
+def test_what_cannot_work_is_refused(flags):
+    with pytest.raises(UsageError, match="lora_|critic adapter"):
+        ppo_llm.check_config(Config(**flags))
+
+
+def test_a_target_that_is_no_layer_is_refused_by_name(folder):
+    with pytest.raises(UsageError, match="lora_target nonsense"):
+        make_models(make_config(folder, lora_target="nonsense", **LORA))
+
+
+def mean_score_after(config: Config, steps: int) -> float:
+    """Mean score of the last three of some steps; the reward is the share of e among 8 tokens."""
+    def reward(prompts, responses, answers):
+        return [response.count("e") / 8 for response in responses]
+
+    models, scores = make_models(config), []
+    for step in range(steps):
+        examples = [ppo_llm.Example("", "e", [3 + (7 * i + step) % 50]) for i in range(config.train_batch_size)]
+        rollout, metrics = ppo_llm.collect_rollout(models, reward, examples, step, 0.0, config)
+        scores.append(metrics["reward/score"].item())
+        for role in ("critic", "actor"):
+            update(role, models, rollout, step, steps, 0.0, config)
+    return sum(scores[-3:]) / 3
+
+
+def test_lora_learns_what_is_rewarded_and_not_without_a_learning_rate(folder):
+    config = make_config(folder, train_batch_size=32, ppo_epochs=2, ppo_mini_batch_size=16,
+                         **LORA | {"lr": 2e-2, "kl_ctrl_coef": 0.0, "lora_rank": 16})
+    assert mean_score_after(dataclasses.replace(config, lr=0.0), 4) < 0.1
+    assert mean_score_after(config, 25) > 0.4
