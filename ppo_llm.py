@@ -32,7 +32,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -503,30 +502,24 @@ class RewardFunction:
 
 
 def conversation_ids(tokenizer, messages: list[dict], limit: int) -> list[int]:
-    """Token ids of a whole conversation; if it is longer than limit, its last ones."""
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages, return_dict=False)
-    else:
-        ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        ids += [tokenizer.eos_token_id] * (tokenizer.eos_token_id not in (None, *ids[-1:]))
-    return ids[-limit:]
+    """Token ids of a conversation whose last message is the assistant's; beyond limit, the first ones are dropped."""
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, return_dict=False)[-limit:]
+    ids, eos = tokenizer("\n".join(message["content"] for message in messages)).input_ids, tokenizer.eos_token_id
+    return (ids if eos is None or ids[-1:] == [eos] else [*ids, eos])[-limit:]
 
 
-@torch.no_grad()
 def score_conversations(model: nn.Module, sequences: list[list[int]], batch_size: int) -> Tensor:
-    """Scores [B] of token sequences by a sequence-classification model."""
-    order, scores = sorted(range(len(sequences)), key=lambda i: -len(sequences[i])), [0.0] * len(sequences)
+    """Scores [B] in fp32 of token sequences by a sequence-classification model; similar lengths share a batch."""
+    order, scores = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        # transformers scores the last token that is not the padding: take one with which no sequence ends
-        pad = next(token for token in itertools.count() if token not in {sequences[i][-1] for i in rows})
-        ids = [torch.tensor(sequences[i], device=model.device) for i in rows]
-        mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True)
-        model.config.pad_token_id = pad
-        logits = model(pad_sequence(ids, batch_first=True, padding_value=pad), attention_mask=mask).logits
-        for i, score in zip(rows, logits[:, 0].float().tolist(), strict=True):
-            scores[i] = score
-    return torch.tensor(scores)
+        rows = [torch.tensor(sequences[i]) for i in order[start : start + batch_size]]
+        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})  # a decoder's head reads the last token
+        model.config.get_text_config().pad_token_id = pad  # that is not this one: no row may end with it
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        scores.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+    return torch.cat(scores)[torch.tensor(order).argsort().to(model.device)]
 
 
 def is_reward_model(name: str, config: Config) -> bool:
@@ -556,14 +549,14 @@ class RewardModel:
         if len(set(scores)) == 1:
             warn(f"reward model {name} gives the same score to four different responses")
 
+    @torch.no_grad()
     def __call__(self, prompts: list[list[dict]], responses: list[str], answers: list[str]) -> tuple[list, dict]:
         """Scores; and which conversations had to be cut."""
         talks = [p + [{"role": "assistant", "content": r}] for p, r in zip(prompts, responses, strict=True)]
         ids = [conversation_ids(self.tokenizer, messages, self.limit + 1) for messages in talks]
-        cut = [float(len(x) > self.limit) for x in ids]
-        ids = [x[-self.limit :] for x in ids]
-        scores = score_conversations(self.lm, ids, max(1, self.budget // max(map(len, ids))))
-        return scores.tolist(), {"truncated": cut}
+        longest = min(max(map(len, ids)), self.limit)
+        scores = score_conversations(self.lm, [x[-self.limit :] for x in ids], max(1, self.budget // longest))
+        return scores.tolist(), {"truncated": [float(len(x) > self.limit) for x in ids]}
 
 
 def load_reward(config: Config) -> Callable:
@@ -1388,7 +1381,9 @@ def collect_rollout(
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
     metrics |= {f"reward/{name}": masked_mean(x, torch.ones_like(x)) for name, x in measured.items()}
-    metrics |= {"reward/score": masked_mean(rollout.scores, everyone),
+    mean_score = masked_mean(rollout.scores, everyone)
+    metrics |= {"reward/score": mean_score,
+                "reward/score_std": masked_mean((rollout.scores - mean_score).square(), everyone).sqrt(),
                 "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
                 "rollout/response_length": masked_mean(lengths, everyone)}
     return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
@@ -1582,11 +1577,11 @@ def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dic
 
 
 METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible eval/standard_error_flexible
-    reward/score reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower
-    policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac value/explained_variance
-    rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
-    optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
-    time/tokens_per_second""".split()
+    reward/score reward/score_std reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac
+    policy/clipfrac_lower policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac
+    value/explained_variance rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr
+    optim/grad_norm optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor
+    time/update_critic time/tokens_per_second""".split()
 CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
     value/explained_variance rollout/response_length""".split()
 
@@ -1598,6 +1593,7 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
     for wrong, sentence in (
         (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
         (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
+        (step == 4 and m["reward/score_std"] == 0, "all responses get the same score: there is nothing to learn from"),
         (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
         (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
         (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),

@@ -1,0 +1,176 @@
+"""Reward models in ppo_llm.py: any tokenizer, whole conversations, the score head as the critic's."""
+
+import contextlib
+import io
+import json
+import math
+
+import pytest
+import torch
+import transformers
+from conftest import SHAPE, make_config, make_lm, make_models, make_tokenizer, read_log, save_folder
+
+import ppo_llm
+from ppo_llm import VALUES, Config, Example, UsageError, forward
+
+
+def save_reward_model(folder, tokenizer=None, kind="qwen2", labels=1, **changes):
+    """A random sequence-classification model in an ordinary folder."""
+    torch.manual_seed(3)
+    config = transformers.AutoConfig.for_model(kind, **SHAPE | {"num_labels": labels} | changes)
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return model
+
+
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Another vocabulary: upper-case letters have other ids, lower-case ones are unknown, and another template."""
+    tokenizer = make_tokenizer()
+    vocabulary = {token: (i * 7 + 3) % 61 + 3 if i > 2 else i for token, i in tokenizer.get_vocab().items()}
+    import tokenizers
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<|endoftext|>", "<bot>"])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<pad>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}<|endoftext|>{% endfor %}"
+    return fast
+
+
+def score(reward, talks: list[tuple[list[dict], str]]) -> tuple[torch.Tensor, dict]:
+    examples = [Example("text", "", [1], messages) for messages, _ in talks]
+    return ppo_llm.score_responses(reward, examples, [response for _, response in talks])
+
+
+TALKS = [([{"role": "user", "content": "abc"}], "def"), ([{"role": "user", "content": "x"}], ""),
+         ([{"role": "system", "content": "S"}, {"role": "user", "content": "abcdefgh"}], "ijklmnopq")]
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, word_tokenizer])
+def test_scores_are_those_of_the_model_on_its_own_tokens_one_by_one(tmp_path, make, capsys):
+    tokenizer = make()
+    tokenizer.chat_template = word_tokenizer().chat_template
+    model = save_reward_model(tmp_path, tokenizer)
+    scores, metrics = score(ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu")), TALKS)
+    for (messages, response), found in zip(TALKS, scores, strict=True):
+        text = "".join(f"{m['role'][0]}{m['content']}<|endoftext|>" for m in messages) + f"a{response}<|endoftext|>"
+        ids = tokenizer(text).input_ids
+        model.config.pad_token_id = None
+        with torch.no_grad():
+            assert found.item() == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+    assert metrics["truncated"].item() == 0
+    assert "every response ended by its chat template or eos" in capsys.readouterr().out
+
+
+def test_two_tokenizers_give_the_same_text_other_ids_so_raw_ids_would_be_seen(tmp_path):
+    save_reward_model(tmp_path / "a", word_tokenizer())
+    other = make_tokenizer()
+    other.chat_template = word_tokenizer().chat_template
+    save_reward_model(tmp_path / "b", other)
+    first, second = (score(ppo_llm.load_reward(Config(reward=str(tmp_path / x), device="cpu")), TALKS)[0] for x in "ab")
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 20, 16384])
+def test_scores_do_not_depend_on_batches(tmp_path, budget):
+    save_reward_model(tmp_path)
+    talks = [([{"role": "user", "content": "a" * (i % 7 + 1)}], "b" * (i % 5)) for i in range(17)]
+    reward = ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu"))
+    alone = [score(reward, [talk])[0].item() for talk in talks]
+    reward = ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu", micro_batch_tokens=budget))
+    together = score(reward, talks)[0]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    assert len(set(alone)) > 5
+
+
+def test_an_encoder_classifier_is_a_reward_model_too(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    model = save_reward_model(tmp_path, tokenizer, "bert")
+    scores, _ = score(ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu")), TALKS)
+    with torch.no_grad():
+        texts = ["\n".join([m["content"] for m in messages] + [response]) for messages, response in TALKS]
+        alone = [model(torch.tensor([tokenizer(text).input_ids + [1]])).logits.item() for text in texts]
+    assert scores.tolist() == pytest.approx(alone, abs=1e-5)
+
+
+def test_what_is_too_long_loses_its_beginning_and_is_counted(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = word_tokenizer().chat_template
+    tokenizer.model_max_length = 12
+    model = save_reward_model(tmp_path, tokenizer)
+    model.config.pad_token_id = None
+    talks = [([{"role": "user", "content": "abcdefghijkl"}], "mnop"), ([{"role": "user", "content": "a"}], "b")]
+    scores, metrics = score(ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu")), talks)
+    ids = tokenizer("uabcdefghijkl<|endoftext|>amnop<|endoftext|>").input_ids[-12:]
+    with torch.no_grad():
+        assert scores[0].item() == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
+    assert metrics["truncated"].item() == 0.5
+
+
+def test_a_model_that_gives_everything_the_same_score_is_reported_at_the_start(tmp_path, capsys):
+    model = save_reward_model(tmp_path)
+    ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu"))
+    assert "warning" not in capsys.readouterr().err
+    model.score.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu"))
+    assert "gives the same score to four different responses" in capsys.readouterr().err
+
+
+def test_a_classifier_of_several_classes_is_refused(tmp_path):
+    save_reward_model(tmp_path, labels=3)
+    for flags in ({"reward": str(tmp_path)}, {"critic_model": str(tmp_path)}):
+        config = make_config(save_folder(tmp_path / "p", make_lm()), **flags)
+        with pytest.raises(UsageError, match="has 3 outputs, a reward model has one"):
+            ppo_llm.prepare(config)
+
+
+def test_a_language_model_is_no_reward_model(tmp_path):
+    folder = save_folder(tmp_path / "lm", make_lm())
+    with pytest.raises(UsageError, match="neither gsm8k"):
+        ppo_llm.load_reward(Config(reward=str(folder)))
+
+
+def test_the_critic_made_of_a_reward_model_keeps_its_score_head(tmp_path, folder):
+    model = save_reward_model(tmp_path)
+    models = make_models(make_config(folder, critic_model=str(tmp_path)))
+    head = models.critic.model.value_head
+    assert torch.equal(head.weight, model.score.weight) and head.bias.item() == 0
+    part = ppo_llm.Rollout([[5, 9, 30]], [[7, 8, 9]], torch.ones(1, 3), torch.zeros(1, 3))
+    model.config.pad_token_id = None
+    with torch.no_grad():
+        values = forward(models.critic.model, part, 1.0)[VALUES][0]
+        expected = [model(torch.tensor([[5, 9, 30, 7, 8, 9][: 3 + t]])).logits.item() for t in range(3)]
+    assert values.tolist() == pytest.approx(expected, abs=1e-5)  # the reward model's score of the text so far
+
+
+def test_a_critic_that_knows_fewer_tokens_than_the_policy_is_refused(tmp_path, folder):
+    save_reward_model(tmp_path, vocab_size=40)
+    with pytest.raises(UsageError, match="knows 40 tokens, the policy 64"):
+        ppo_llm.prepare(make_config(folder, critic_model=str(tmp_path)))
+
+
+def test_a_run_with_a_reward_model_logs_scores_and_truncations(tmp_path, folder, no_figures):
+    save_reward_model(tmp_path / "rm", word_tokenizer())
+    config = make_config(folder, reward=str(tmp_path / "rm"), critic_model=str(tmp_path / "rm"), total_steps=2,
+                         eval_dataset=str(folder / "prompts.jsonl"), eval_every=1, output_dir=str(tmp_path / "run"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        ppo_llm.main(config)
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(row["reward/score"]) and row["reward/truncated"] == 0 for row in rows[1:])
+    assert all(row["eval/truncated"] == 0 for row in rows)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len({sample["score"] for sample in samples}) > 1
+
+
+def test_the_messages_of_a_conversation_reach_the_reward_model_with_the_system_prompt(tmp_path, folder):
+    rows = [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+                        {"role": "user", "content": "c"}]}]
+    config = make_config(folder, system_prompt="S", reward="f.py:f")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    example = ppo_llm.make_examples(rows, tokenizer, config, "SOURCE", True)[0]
+    assert [m["content"] for m in example.messages] == ["S", "a", "b", "c"]
+    assert example.text == "c"
