@@ -3,9 +3,10 @@
     python scripts/rlhf_demo.py pairs --output output/rlhf/pairs.jsonl
     python scripts/rlhf_demo.py report --folder output/rlhf
 
-The human is a rule: of two responses to a prompt, the one whose length is closer to TARGET characters is preferred. The
-demo model's own responses are nearly all shorter, so a reward model learns that longer is better: true where it was
-taught, false beyond. This is the length bias of real reward models, in a form in which the truth is known.
+The human is a rule: a right answer beats a wrong one, and of two that are equally right or wrong the one whose length is
+closer to TARGET characters wins. The demo model's own responses are nearly all shorter, and its wrong ones mostly lack a
+step: a reward model learns from them that longer is better, which is true where it was taught and false beyond. This is
+the length bias of real reward models, in a form in which the truth is known.
 """
 
 import csv
@@ -25,8 +26,9 @@ import ppo_llm
 TARGET = 90  # characters that the human likes best
 
 
-def utility(response: str) -> int:
-    return -abs(len(response) - TARGET)
+def utility(response: str, answer: str) -> tuple[float, int]:
+    """The rule: the greater one of two is preferred."""
+    return ppo_llm.score_gsm8k_strict(response, answer), -abs(len(response) - TARGET)
 
 
 def load(model: str, config: ppo_llm.Config) -> tuple[ppo_llm.Models, list, list]:
@@ -44,8 +46,9 @@ def pairs(output: Path, prompts: int = 4000, samples: int = 4, temperature: floa
     texts = ppo_llm.respond(models, examples, config, ppo_llm.seeded("cpu", seed, "pairs")).texts
     rows = []
     for i in range(0, len(texts), samples):
-        rejected, *_, chosen = sorted(texts[i : i + samples], key=utility)
-        if utility(chosen) > utility(rejected) and rejected.strip():
+        utilities = {text: utility(text, examples[i].answer) for text in texts[i : i + samples] if text.strip()}
+        chosen, rejected = max(utilities, key=utilities.get), min(utilities, key=utilities.get)
+        if utilities[chosen] > utilities[rejected]:
             rows.append({"prompt": examples[i].messages, "chosen": [{"role": "assistant", "content": chosen}],
                          "rejected": [{"role": "assistant", "content": rejected}]})
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -64,17 +67,16 @@ def report(folder: Path, prompts: int = 600, seed: int = 1) -> None:
         rollout = ppo_llm.respond(models, examples, config, ppo_llm.seeded("cpu", seed, "report"))
         scores, _ = ppo_llm.score_responses(reward, examples, rollout.texts)
         log_ratio = rollout.old_logprobs - ppo_llm.score_tokens(base.actor.model, rollout, config)[ppo_llm.LOGPROBS]
-        utilities = [utility(text) for text in rollout.texts]
+        utilities = [utility(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
         before = before or utilities
         wins = torch.tensor([(a > b) + (a == b) / 2 for a, b in zip(utilities, before, strict=True)]).double()
         kl = log_ratio.sum(1)
-        correct = [ppo_llm.score_gsm8k_strict(t, e.answer) for t, e in zip(rollout.texts, examples, strict=True)]
         rows.append({
             "policy": name, "prompts": len(examples), "win_rate": wins.mean().item(),
             "win_rate_se": wins.std().item() / math.sqrt(len(wins)), "reward_model_score": scores.mean().item(),
             "reward_model_score_se": scores.std().item() / math.sqrt(len(scores)), "kl_per_response": kl.mean().item(),
             "mean_characters": sum(map(len, rollout.texts)) / len(examples),
-            "mean_distance": -sum(utilities) / len(examples), "strict_accuracy": sum(correct) / len(correct)})
+            "strict_accuracy": sum(right for right, _ in utilities) / len(examples)})
     with open(folder / "report.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From preferences to a policy, on a CPU and without a network: preference pairs from the demo model, with a rule as the
+# human; a reward model; PPO against it with and without KL; a report (FOLDER/report.csv). docs/results.md has the table.
+#
+#     scripts/rlhf_demo.sh [FOLDER]        # default output/rlhf
+#
+# STEPS, PROMPTS, PAIR_PROMPTS and EPOCHS shorten it: the tests run it that way.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+folder=${1:-output/rlhf}
+model=assets/demo
+if [ -e "$folder" ]; then
+    echo "error: $folder exists: choose another folder" >&2
+    exit 2
+fi
+python scripts/rlhf_demo.py pairs --output "$folder/pairs.jsonl" --prompts "${PAIR_PROMPTS:-4000}"
+python scripts/train_reward_model.py --model "$model" --dataset "$folder/pairs.jsonl" --lr 3e-4 \
+    --total_epochs "${EPOCHS:-2}" --output_dir "$folder/reward_model"
+for run in "kl 0.1" "no_kl 0"; do
+    read -r name coefficient <<<"$run"
+    python ppo_llm.py --reward "$folder/reward_model/model" --kl_ctrl_coef "$coefficient" --lr 1e-4 \
+        --total_steps "${STEPS:-40}" --eval_every 0 --output_dir "$folder/ppo_$name"
+done
+python scripts/rlhf_demo.py report --folder "$folder" --prompts "${PROMPTS:-600}"
