@@ -42,6 +42,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -448,6 +449,11 @@ class LanguageModel(nn.Module):
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales are Cohere's and Granite's
         logits = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
         return logits / temperature
+
+
+def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
+    """Where weights are used. Here they are always whole; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry."""
+    return nullcontext()
 
 
 class Learner:
@@ -1057,11 +1063,14 @@ def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tupl
 def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
     """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
     results: list[Tensor | None] = [None] * 4
-    for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c):
-        for head, x in enumerate(forward(model, part, c.temperature, reference, token_head)):
+    with whole_weights(model, reference):
+        outputs = [(rows, forward(model, part, c.temperature, reference, token_head))
+                   for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c)]
+    for rows, heads in outputs:
+        for head, x in enumerate(heads):
             if x is not None:
                 results[head] = torch.zeros_like(rollout.mask) if results[head] is None else results[head]
-                results[head][rows, : part.mask.shape[1]] = x
+                results[head][rows, : x.shape[1]] = x
     return results
 
 
@@ -1097,7 +1106,8 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
 def respond(models: Models, examples: list[Example], config: Config, generator: torch.Generator | None) -> Rollout:
     """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
     policy, prompts = models.actor.model, [e.prompt for e in examples]
-    responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
+    with whole_weights(policy):
+        responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
     mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
     stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
     texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -1231,15 +1241,16 @@ def train_mini_batch(
     learner, loss_of = (models.actor, actor_loss) if role == "actor" else (models.critic, critic_loss)
     weights, sums = torch.zeros_like(rollout.mask), defaultdict(float)
     weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
-    for rows, part in micro_batches(batch, rollout, c):
-        width = part.mask.shape[1]
-        loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
-        learner.backward(loss)
-        if role == "actor":
-            rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
-            rollout.clipped[rows, :width] = logged["policy/clipfrac"]
-        for name, x in logged.items():
-            sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
+    with whole_weights(learner.model, models.reference if role == "actor" and c.kl_kind == "full" else None):
+        for rows, part in micro_batches(batch, rollout, c):
+            width = part.mask.shape[1]
+            loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
+            learner.backward(loss)
+            if role == "actor":
+                rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
+                rollout.clipped[rows, :width] = logged["policy/clipfrac"]
+            for name, x in logged.items():
+                sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
     sums["tokens"] = rollout.mask[batch].sum()
     totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
     result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
@@ -1491,7 +1502,8 @@ def main(config: Config) -> None:
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
-        check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
+        with whole_weights(model):
+            check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
     kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
     target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
@@ -1525,7 +1537,8 @@ def main(config: Config) -> None:
             save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
             save_summary(run_dir, config, "running")
     if not config.eval_only:
-        models.actor.export(run_dir / "model", tokenizer)
+        with whole_weights(models.actor.model):
+            models.actor.export(run_dir / "model", tokenizer)
     evaluations = save_summary(run_dir, config, "finished")
     for name in evaluations[0] if evaluations else ():
         print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")
