@@ -1526,7 +1526,8 @@ def main(config: Config) -> None:
             metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
         seconds = time.perf_counter() - clock
-        metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
+        tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
+        metrics["time/tokens_per_second"] = tokens / seconds
         samples, last = describe(rollout, "train", models, config), step + 1 == total
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
