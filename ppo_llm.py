@@ -499,22 +499,29 @@ class Learner:
         self.model.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+    def get_state(self, i: int) -> dict[str, Tensor]:
+        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
+        return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
+
+    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
+        self.weights[i].data.copy_(self.masters[i].data.copy_(state["weight"]))
+        self.optimizer.state[self.masters[i]].update((key, x) for key, x in state.items() if key != "weight")
+
     def save(self, path: Path) -> None:
         tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
-        for i, master in enumerate(self.masters):
-            state = self.optimizer.state.get(master, {}) | {"weight": master.detach()}
-            tensors |= {f"{i}.{key}": x.contiguous() for key, x in state.items()}
+        for i in range(len(self.weights)):
+            tensors |= {f"{i}.{key}": x.contiguous() for key, x in self.get_state(i).items()}
         save_file(tensors, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        tensors = load_file(path, device=str(self.masters[0].device))
+        tensors, states = load_file(path, device=str(self.model.lm.device)), defaultdict(dict)
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():
             index, key = name.split(".")
-            self.optimizer.state[self.masters[int(index)]][key] = x
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.data.copy_(master.copy_(self.optimizer.state[master].pop("weight")))
+            states[int(index)][key] = x
+        for i in range(len(self.weights)):
+            self.set_state(i, states[i])
 
 
 @dataclass

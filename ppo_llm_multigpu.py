@@ -1,8 +1,8 @@
 """Proximal Policy Optimization for language models: ppo_llm.py on DeepSpeed, any number of GPUs and machines.
 
-    deepspeed ppo_llm_multigpu.py                                       # bundled demo on all GPUs of this machine
-    deepspeed ppo_llm_multigpu.py --model Qwen/Qwen2.5-7B-Instruct --zero_stage 3 --gradient_checkpointing
-    torchrun --nproc_per_node 2 ppo_llm_multigpu.py --device cpu        # two processes, no GPU
+    deepspeed ppo_llm_multigpu.py                                        # bundled demo on the GPUs of this machine
+    deepspeed ppo_llm_multigpu.py --model Qwen/Qwen2.5-0.5B-Instruct     # GSM8K with the published settings
+    torchrun --nproc_per_node 2 ppo_llm_multigpu.py --device cpu         # the demo in two processes without a GPU
 
     for step in range(total_steps):
         rollout = generate(policy, prompts)                             responses and their old_logprobs
@@ -60,8 +60,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -69,8 +68,11 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, 0)) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+WORLD = WORLD or 1  # processes; without a launcher this is the only one
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+STATE = "weight", "exp_avg", "exp_avg_sq"  # what a checkpoint holds of each weight
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
@@ -80,7 +82,6 @@ KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
 KLLoss = Literal[KLPenalty, "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
 Estimator = Literal["gae", "grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, i == 2)) for i, name in enumerate(("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
@@ -191,10 +192,10 @@ class Config:
     save_total_limit: int = 2  # newest checkpoints that are kept
     track: Literal["none", "wandb", "trackio"] = "none"  # also send the metrics there (pip install it first)
     # Ranks
-    zero_stage: Literal[0, 2, 3] = 2  # split over the ranks: 0 nothing, 2 optimizer and gradients, 3 resting weights too
-    offload: Literal["none", "optimizer", "all"] = "none"  # keep the optimizer, or resting weights too, in CPU memory
-    ds_config: str | None = None  # a DeepSpeed configuration (JSON) whose entries replace ours
-    dist_timeout: int = 1800  # seconds; a rank that needs longer for a rollout or an update ends the run
+    zero_stage: Literal[0, 2, 3] = 2  # split over the ranks: 2 optimizer and gradients, 3 weights not in use, too
+    offload: Literal["none", "optimizer", "all"] = "none"  # keep the optimizer, or weights not in use too, in CPU memory
+    ds_config: str | None = None  # JSON file: entries that replace those of the DeepSpeed configuration made here
+    dist_timeout: int = 1800  # seconds; a rank whose rollout or update takes longer ends the run
 
     @property
     def rollout_size(self) -> int:  # B, responses per step
@@ -254,6 +255,9 @@ def check_config(c: Config) -> None:
          f"train_batch_size * rollout_n = {size} responses must divide into mini-batches: ppo_mini_batch_size ="
          f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
         (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
+        (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by the {WORLD} ranks"),
+        (c.critic_early_stop and size < 10 * WORLD, "critic_early_stop needs 10 responses per rank"),
+        (c.zero_stage < {"none": 0, "optimizer": 2, "all": 3}[c.offload], f"offload {c.offload}: zero_stage too low"),
     ]
     for wrong, sentence in refused:
         if wrong:
@@ -277,108 +281,70 @@ def seeded(device: torch.device | str, *parts) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
 
 
-# ---- Ranks ----------------------------------------------------------------------------------------------------------
-# Every rank is a process with this text. All have the same weights; each has its own prompts, of which it makes
-# responses, advantages and gradients. What concerns them all goes through sum_over_ranks or through the Learner.
+# ---- Ranks: processes with the same text and weights, each with prompts, responses and gradients of its own ---------
 
 
 def start_ranks(config: Config) -> None:
-    """Joins the processes that the launcher has started. Raises UsageError for sizes that do not fit their number."""
+    """Joins the processes that the launcher has started."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
-    for wrong, sentence in (
-        (config.train_batch_size % WORLD, f"train_batch_size = {config.train_batch_size} must divide by {WORLD} ranks"),
-        (config.critic_early_stop and config.rollout_size < 10 * WORLD, "critic_early_stop needs 10 responses per rank"),
-        (config.offload == "all" and config.zero_stage < 3, "offload all needs zero_stage 3"),
-        (config.offload != "none" and config.zero_stage < 2, "offload needs zero_stage 2 or 3"),
-        (":" in config.device, "device: every rank takes the GPU of its number; give cuda or cpu"),
-    ):
-        if wrong:
-            raise UsageError(sentence)
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
-    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_PORT", "29500" if WORLD > 1 else "0")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ.update(alone | {"DS_ACCELERATOR": "cuda" if gpu else "cpu"} | os.environ)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
     if gpu:
         torch.cuda.set_device(LOCAL_RANK)
-    timeout = timedelta(seconds=config.dist_timeout)
-    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timedelta(seconds=config.dist_timeout), verbose=False)
+
+
+WATCH = [threading.Timer(0, print)]  # ends a rank that is stuck; its name is what the rank is doing
 
 
 def begin(phase: str, config: Config) -> None:
-    """Names what this rank does from now on. It ends itself, and so the run, if that takes longer than dist_timeout."""
+    """Says what this rank does from now on; if that takes longer than dist_timeout, it ends itself, and so the run."""
 
     def give_up():
-        print(f"rank {RANK}: no end of {phase} after {config.dist_timeout} s", file=sys.stderr)
+        print(f"rank {RANK}: {phase} took longer than dist_timeout = {config.dist_timeout} s", file=sys.stderr)
         faulthandler.dump_traceback()
         os._exit(1)
 
-    WATCH["timer"].cancel()
-    WATCH.update(phase=phase, timer=threading.Timer(config.dist_timeout, give_up))
-    WATCH["timer"].daemon = True
-    WATCH["timer"].start()
+    WATCH.pop().cancel()
+    WATCH.append(threading.Timer(config.dist_timeout, give_up))
+    WATCH[0].name, WATCH[0].daemon = phase, True
+    WATCH[0].start()
 
 
-WATCH = {"phase": "start", "timer": threading.Timer(0, print)}  # what this rank does, and until when
-
-
-def one_rank_first(function: Callable, *arguments, share: bool = False, **options):
-    """What function returns; the first rank of a machine runs it before the others, who find its downloads in a cache.
-
-    With share rank 0 runs it for all. The first one's UsageError is everybody's.
-    """
-    first, answer, error = (RANK if share else LOCAL_RANK) == 0, None, None
-    try:
-        answer = function(*arguments, **options) if first else None
-    except UsageError as wrong:
-        error = str(wrong)
-    errors, answers = [None] * WORLD, [answer]
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        raise UsageError(next(filter(None, errors)))
-    if share:
-        dist.broadcast_object_list(answers)
-    return answers[0] if first or share else function(*arguments, **options)
-
-
-def max_over_ranks(x: float) -> float:
-    x = torch.tensor(float(x), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
-    return x.item()
+def one_rank_first(function: Callable, *arguments, **options):
+    """What function returns; the first rank of a machine runs it before the others, who find its downloads in a cache."""
+    results = [function(*arguments, **options)] if LOCAL_RANK == 0 else []
+    dist.barrier()
+    return results[0] if results else function(*arguments, **options)
 
 
 def own_rows(rows: list[int], config: Config) -> list[int]:
-    """Those of the given rows of all ranks that are this rank's, as its rollout numbers them."""
+    """Which of these rows of all ranks are this rank's, by their numbers in its rollout."""
     size = config.rollout_size // WORLD
-    return [i - RANK * size for i in rows if i // size == RANK]
+    return [i % size for i in rows if i // size == RANK]
 
 
 def in_step(passes: Iterable, rollout: "Rollout") -> list:
-    """Passes, and as many without weight as another rank has more: in every backward all ranks add up gradients."""
-    passes, nothing = list(passes), rollout.take([min(range(len(rollout.mask)), key=lambda i: len(rollout.prompts[i]))])
+    """The passes, and as many without weight as another rank has more: gradients are added up in every backward."""
+    passes, nothing = list(passes), rollout.take([0])
     nothing.mask = torch.zeros_like(nothing.mask)
     return passes + [([], nothing)] * (int(max_over_ranks(len(passes))) - len(passes))
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
-    """DeepSpeed's configuration from our flags; the entries of ds_config replace ours."""
-    host, given = {"device": "cpu", "pin_memory": torch.cuda.is_available()}, {}
-    if config.ds_config:
-        given = json.loads(Path(config.ds_config).read_text())
+    given = json.loads(Path(config.ds_config).read_text()) if config.ds_config else {}
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
     zero |= {"offload_optimizer": host} if config.offload != "none" else {}
     zero |= {"offload_param": host} if config.offload == "all" else {}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants a number; the sizes are ours
-        "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last gradient only
-        "gradient_clipping": config.grad_clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "data_types": {"grad_accum_dtype": "fp32"},  # the default is bf16
-        "communication_data_type": "fp32",
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW, which needs no compiler
-    } | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
+    own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
+           "managed_gradient_accumulation": False,  # many backward, one step; else ZeRO-2 keeps the last gradient only
+           "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
+           "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False}
+    return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
 
 
 # ---- Data and rewards -----------------------------------------------------------------------------------------------
@@ -572,67 +538,68 @@ class LanguageModel(nn.Module):
 
 
 def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
-    """Where weights are used: ZeRO-3 gathers them on entry, once for all passes, so that no pass waits for a rank."""
+    """Where weights are used: ZeRO-3 gathers them on entry, once for many passes, so that no pass waits for a rank."""
     import deepspeed
 
-    weights = [w for model in filter(None, models) for w in model.parameters()]
-    return deepspeed.zero.GatheredParameters([w for w in weights if hasattr(w, "ds_id") and not w.numel()])
+    weights = [w for model in filter(None, models) for w in model.parameters() if hasattr(w, "ds_id")]
+    return deepspeed.zero.GatheredParameters([w for w in weights if not w.numel()])
 
 
 class Learner:
-    """A model and its DeepSpeed engine: nothing else touches an optimizer, a .grad or a weight file."""
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
+        self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
+        self.weights = self.masters = list(model.parameters())
+        body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
+        groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         import deepspeed
 
-        self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        self.weights, self.stage = list(model.parameters()), config.zero_stage
+        self.stage, ds_config = config.zero_stage, deepspeed_config(config, model.lm.dtype)
         if self.stage == 0 and model.lm.dtype != torch.float32:
-            raise UsageError("zero_stage 0 keeps no fp32 masters: it needs dtype float32")
-        body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
-        groups = [{"params": self.weights[:body], "base_lr": lr}, {"params": self.weights[body:], "base_lr": critic_lr}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        model.forward = lambda loss: loss  # engine(loss) makes DeepSpeed ready for a backward; the passes are ours
-        self.engine, zero, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, model.lm.dtype))
+            raise UsageError("zero_stage 0 has no fp32 masters of bfloat16 weights: dtype float32, or zero_stage 2 or 3")
+        model.forward = lambda loss: loss  # engine(loss) prepares DeepSpeed for a backward; the passes are ours
+        self.engine, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds_config)
+        if self.stage == 2:
+            self.masters = self.zero.single_partition_of_fp32_groups  # this rank's part of all weights, laid flat
         if self.stage == 3:
-            zero.parameter_offload.destroy()  # the hooks that gather layer by layer: whole_weights does it
-        self.masters = {0: "", 2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}[self.stage]
-        self.masters = getattr(zero, self.masters) if self.stage else self.weights  # fp32, this rank's part
-        self.state, self.skipped = getattr(zero, "optimizer", zero).state, 0
+            self.masters = self.zero.fp32_partitioned_groups_flat
+            self.zero.parameter_offload.destroy()  # its hooks gather layer by layer; whole_weights gathers everything
         for x in self.masters:
-            self.state[x] |= {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x),
-                              "step": torch.zeros((), device=x.device)}
+            self.optimizer.state[x].update(exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x),
+                                           step=torch.zeros((), device=x.device))
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss, summed over the ranks, to what has been collected since the last step."""
-        self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean over the ranks
+        self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean of the ranks
+
+    def clip_gradient(self) -> Tensor:
+        """Scales the gradient down to norm grad_clip (ZeRO does so in its step), and returns the norm it had."""
+        if self.stage == 0:
+            self.engine.buffered_allreduce_fallback()
+            return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
+        self.zero.finalize_gradient_accumulation_boundary()
+        norms = self.zero._get_norm_groups() if self.stage == 3 else [self.zero.scaled_global_norm()]
+        norms = torch.stack([x.to(self.model.lm.device) for x in norms])
+        return torch.where((norms < 0).any(), torch.nan, norms.norm())  # DeepSpeed writes -1 for what is not finite
 
     @torch.no_grad()
-    def step(self, lr_factor: float) -> float:
-        """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite.
-
-        Returns the norm that the gradient had before it was clipped to grad_clip.
-        """
-        for group in self.engine.optimizer.param_groups:
+    def step(self, lr_factor: float, grad_norm: float) -> None:
+        """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite."""
+        for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        if self.stage:
-            self.engine.step()
-            grad_norm = float(self.engine.get_global_grad_norm())
-        else:
-            self.engine.buffered_allreduce_fallback()
-            grad_norm = nn.utils.clip_grad_norm_(self.weights, self.grad_clip).item()
-            if math.isfinite(grad_norm):
-                self.engine.optimizer.step()
-            self.engine.zero_grad()
+        if math.isfinite(grad_norm):
+            self.zero.step()
         self.skipped_steps += not math.isfinite(grad_norm)
-        return grad_norm
+        self.drop_gradient()
 
     def drop_gradient(self) -> None:
-        zero = self.engine.optimizer
-        zero.zero_grad()  # ZeRO-3 overwrites its sums from now on
+        self.zero.zero_grad()  # ZeRO-3 begins its sums anew after this
         if self.stage == 2:
-            zero.averaged_gradients, zero.all_grad_tensors, zero.micro_step_id = {}, {}, -1
+            self.zero.averaged_gradients.clear()
+            self.zero.all_grad_tensors.clear()
+            self.zero.micro_step_id = -1
 
     def export(self, folder: Path, tokenizer) -> None:
         """A plain Hugging Face folder that AutoModelForCausalLM loads."""
@@ -642,34 +609,31 @@ class Learner:
         tokenizer.save_pretrained(folder)
 
     def parts(self, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
-        """Where in a weight, laid flat, this rank's part is; the fp32 master of that part, and AdamW's two means."""
-        zero, rows = self.engine.optimizer, weight.numel()
-        master, start, first, size = weight, 0, 0, rows
+        """Which part of a weight, laid flat, is this rank's, and its fp32 master and AdamW's means, to be written to."""
+        master, start, first, size = weight, 0, 0, weight.numel()
         if self.stage == 2:
             part = weight._hp_mapping
-            if part is None:  # other ranks have it
-                return slice(0, 0), {}
-            master = self.masters[part.param_group_index]
-            start, first, size = part.hp_fragment_address.start, part.lp_fragment_address.start, part.hp_fragment_address.numel
+            if part is None:  # all of it is on other ranks
+                return slice(0), {}
+            master, start = self.masters[part.param_group_index], part.hp_fragment_address.start
+            first, size = part.lp_fragment_address.start, part.lp_fragment_address.numel
         if self.stage == 3:
-            group, start, size = zero.grad_position[zero.get_param_id(weight)]
+            group, start, size = self.zero.grad_position[self.zero.get_param_id(weight)]
             master, first = self.masters[group], min(RANK * size, weight.ds_numel)
             size = min(size, weight.ds_numel - first)
-        everything = {"weight": master.detach()} | self.state[master]
-        flat = {key: everything[key].view(-1)[start : start + size] for key in ("weight", "exp_avg", "exp_avg_sq")}
-        return slice(first, first + size), flat
+        state = self.optimizer.state[master] | {"weight": master.detach()}
+        return slice(first, first + size), {x: state[x].view(-1)[start : start + size] for x in STATE}
 
     @torch.no_grad()
     def save(self, path: Path) -> None:
-        """The same file as ppo_llm.py writes, whatever the stage and the number of ranks; rank 0 writes it."""
-        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
-        step = self.state[self.masters[0]]["step"].cpu()
+        """The same file as ppo_llm.py's, for any stage and number of ranks: rank 0 writes what all have."""
+        tensors, step = {"skipped_steps": torch.tensor(self.skipped_steps)}, self.optimizer.state[self.masters[0]]["step"]
         for i, weight in enumerate(self.weights):
-            place, parts = self.parts(weight)
-            tensors[f"{i}.step"] = step.clone()
-            for key in ("weight", "exp_avg", "exp_avg_sq"):
+            (place, parts), tensors[f"{i}.step"] = self.parts(weight), step.clone()
+            for key in STATE:
                 whole = torch.zeros(getattr(weight, "ds_shape", weight.shape))
-                whole.view(-1)[place] = parts[key].cpu() if parts and (self.stage or RANK == 0) else 0.0
+                if parts and (self.stage or RANK == 0):
+                    whole.view(-1)[place] = parts[key].cpu()
                 whole = sum_over_ranks(whole)
                 tensors |= {} if RANK else {f"{i}.{key}": whole}
         if RANK == 0:
@@ -681,18 +645,17 @@ class Learner:
             self.skipped_steps, names = int(file.get_tensor("skipped_steps")), set(file.keys())
             for i, weight in enumerate(self.weights):
                 place, parts = self.parts(weight)
-                for key, part in parts.items():
-                    if f"{i}.{key}" in names:
-                        whole = file.get_tensor(f"{i}.{key}")
-                        if whole.shape != getattr(weight, "ds_shape", weight.shape):
-                            raise RuntimeError(f"{path}: size of weight {i} is {tuple(whole.shape)}")
-                        part.copy_(whole.view(-1)[place])
+                for key in [key for key in parts if f"{i}.{key}" in names]:
+                    whole = file.get_tensor(f"{i}.{key}")
+                    if whole.shape != getattr(weight, "ds_shape", weight.shape):
+                        raise RuntimeError(f"{path}: weight {i} has the shape {tuple(whole.shape)}")
+                    parts[key].copy_(whole.view(-1)[place])
                 if self.stage == 3:
                     weight.ds_tensor[: len(parts["weight"])].copy_(parts["weight"])
             for x in self.masters:
-                self.state[x]["step"].fill_(file.get_tensor("0.step").item() if "0.step" in names else 0.0)
+                self.optimizer.state[x]["step"].fill_(file.get_tensor("0.step").item() if "0.step" in names else 0)
         if self.stage == 2:
-            self.engine.optimizer.update_lp_params()
+            self.zero.update_lp_params()
 
 
 @dataclass
@@ -708,8 +671,8 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    lm = one_rank_first(auto_class.from_pretrained, name, dtype=getattr(torch, dtype),
-                        trust_remote_code=config.trust_remote_code)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    lm = one_rank_first(auto_class.from_pretrained, name, **options)
     for module in lm.modules():
         for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
             if "drop" in key or isinstance(module, nn.Dropout):
@@ -728,10 +691,10 @@ def build_models(tokenizer, config: Config) -> Models:
     reference = critic = None
     if config.kl_coef and config.reference != "previous" and not config.eval_only:
         reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
-        if config.zero_stage == 3:
-            import deepspeed
+    if reference and config.zero_stage == 3:
+        import deepspeed
 
-            deepspeed.zero.Init(module=reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
+        deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
     if config.uses_critic and config.critic == "separate" and not config.eval_only:
         trunk = load_lm(config.critic_model or config.model, AutoModel, config)
         critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
@@ -873,7 +836,7 @@ class Engine:
         self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
         self.cache, self.replays, self.greedy = {}, {}, False
         if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):
-            self.capture()  # not under ZeRO-3, which gathers the weights to another address each time
+            self.capture()  # under ZeRO-3 the addresses of the weights change
 
     def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
         """Reads prompts into idle slots and chooses the first token of each response."""
@@ -953,7 +916,7 @@ def generate(
     if model.engine is None or model.engine.key != key:
         model.engine = Engine(model, *key)
     engine = model.engine
-    noise = None if generator is None else torch.rand(  # of all ranks: the same for a prompt, whoever answers it
+    noise = None if generator is None else torch.rand(  # for all ranks: a prompt gets the same numbers on any of them
         WORLD, len(prompts), c.max_response_length, generator=generator, device=device)[RANK]
     queue, owner = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * slots
     while True:
@@ -984,11 +947,15 @@ def generate(
 # ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of what the ranks have, the same on all. All statistics go through it, so all take the same branch."""
+def sum_over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+    """All statistics go through it: all ranks get the same numbers and take the same branch."""
     total = x.detach().clone().to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(total)
+    dist.all_reduce(total, operation)
     return total.to(x.device)
+
+
+def max_over_ranks(x: float) -> float:
+    return sum_over_ranks(torch.tensor(float(x)), dist.ReduceOp.MAX).item()
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -1437,14 +1404,15 @@ def train_mini_batch(
             for name, x in logged.items():
                 sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
     sums["tokens"] = rollout.mask[batch].sum()
-    totals = sum_over_ranks(torch.stack(list(sums.values())))
-    result = dict(zip(sums, totals.tolist(), strict=True))
+    totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
+    result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
     stop_kl = math.inf if c.early_stop_kl is None else c.early_stop_kl
     result["stopped"] = result.get("policy/approx_kl", 0.0) > stop_kl * result["tokens"]
     if result["stopped"]:
         learner.drop_gradient()
         return result | {"grad_norm": math.nan}
-    return result | {"grad_norm": learner.step(lr_factor)}  # it clips, too
+    learner.step(lr_factor, result["grad_norm"])
+    return result
 
 
 def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
@@ -1470,7 +1438,8 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
             batch = own_rows([rows[i] for i in order[start : start + size]], c)
             history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, c))
             if actor and len(history) == 1:
-                first = 1 + max_over_ranks(((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs().max() if batch else 0)
+                gaps = ((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs()
+                first = 1 + max_over_ranks(gaps.max() if batch else 0)
             if history[-1]["stopped"]:
                 break
         if held_out:
@@ -1573,7 +1542,7 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
         return []
     table = pandas.read_csv(run_dir / "training_metrics.csv")
     evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
-    command = ["torchrun", "--nproc_per_node", str(torch.cuda.device_count() or WORLD), *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
+    command = ["deepspeed", *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
                "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
@@ -1686,7 +1655,7 @@ def prepare(config: Config) -> tuple:
 def main(config: Config) -> None:
     start_ranks(config)
     begin("start", config)
-    stop: list[int] = []  # a signal to one rank ends them all, after the step
+    stop: list[int] = []  # a SIGTERM to any rank ends them all after the step
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     tokenizer, reward, train, evals, tracker = one_rank_first(prepare, config)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -1694,8 +1663,10 @@ def main(config: Config) -> None:
     if config.critic_warmup >= total and not config.eval_only:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     if 0 < len(evals) < WORLD:
-        raise UsageError(f"{len(evals)} evaluation rows are fewer than the {WORLD} ranks")
-    (run_dir, checkpoint_dir), first = one_rank_first(open_run, config, share=True), (train or evals)[:2]
+        raise UsageError(f"{len(evals)} evaluation rows are fewer than {WORLD} ranks")
+    folders = [open_run(config) if RANK == 0 else None]
+    dist.broadcast_object_list(folders)
+    (run_dir, checkpoint_dir), first = folders[0], (train or evals)[:2]
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows; {WORLD} ranks, ZeRO-{config.zero_stage}")
@@ -1709,8 +1680,7 @@ def main(config: Config) -> None:
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
-    if RANK:
-        tracker = None
+    tracker = None if RANK else tracker
     if tracker:
         tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
@@ -1719,12 +1689,12 @@ def main(config: Config) -> None:
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=RANK or not sys.stderr.isatty()):
         clock = time.perf_counter()
-        begin(f"the rollout of step {step + 1}", config)
+        begin(f"rollout of step {step + 1}", config)
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         batch = batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
         examples = [train[i] for i in batch for _ in range(config.rollout_n)]
         rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
-        begin(f"the update of step {step + 1}", config)
+        begin(f"update of step {step + 1}", config)
         if models.critic:
             metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
         if step >= config.critic_warmup:
@@ -1733,8 +1703,8 @@ def main(config: Config) -> None:
         seconds = time.perf_counter() - clock
         tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
         metrics["time/tokens_per_second"] = tokens / seconds
+        begin(f"evaluation, logs and checkpoint of step {step + 1}", config)
         samples, last = describe(rollout, "train", models, config), step + 1 == total
-        begin(f"evaluation and checkpoint of step {step + 1}", config)
         stopping = max_over_ranks(len(stop)) > 0
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
@@ -1745,8 +1715,8 @@ def main(config: Config) -> None:
             save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
             save_summary(run_dir, config, "running")
         if stopping:
-            dist.barrier()  # the launcher ends all as soon as one has gone
-            sys.exit(143)
+            dist.barrier()  # a launcher ends all when one has gone
+            sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
         with whole_weights(models.actor.model):
             models.actor.export(run_dir / "model", tokenizer)
@@ -1757,17 +1727,15 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
-    if RANK:
-        sys.stdout = open(os.devnull, "w")  # what all ranks would say is said once
-    sys.argv = [a for a in sys.argv if not re.match("--local[-_]rank", a)]  # launchers give it; the environment has it
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # one rank speaks for all
+    sys.argv = [argument for argument in sys.argv if not re.match("--local[-_]rank", argument)]  # launchers add it
     defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
     try:
         main(tyro.cli(Config, default=defaults, use_underscores=True))
     except UsageError as error:
-        warn_first = print if RANK == 0 else lambda *_, **__: None
-        warn_first(f"error: {error}", file=sys.stderr)
+        print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
         sys.exit(2)
     except Exception:
         traceback.print_exc()
-        print(f"rank {RANK} failed in {WATCH['phase']}", file=sys.stderr, flush=True)
-        os._exit(1)  # without waiting for the other ranks
+        print(f"rank {RANK} failed in {WATCH[0].name}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: nothing waits for the other ranks
