@@ -38,6 +38,7 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -67,6 +68,7 @@ LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
+STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
@@ -1536,14 +1538,17 @@ def main(config: Config) -> None:
         tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
         metrics["time/tokens_per_second"] = tokens / seconds
         samples, last = describe(rollout, "train", models, config), step + 1 == total
+        stopping = sum_over_ranks(torch.tensor(len(STOP))).item() > 0
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
             metrics, samples = metrics | eval_metrics, samples + eval_samples
         log_metrics(run_dir, step + 1, metrics, samples, tracker)
         check_health(metrics, step, said)
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
+        if last or stopping or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
             save_summary(run_dir, config, "running")
+        if stopping and not last:
+            sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
         with whole_weights(models.actor.model):
             models.actor.export(run_dir / "model", tokenizer)
@@ -1554,6 +1559,7 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
     defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
     try:
         main(tyro.cli(Config, default=defaults, use_underscores=True))
