@@ -454,7 +454,7 @@ class LanguageModel(nn.Module):
 
 
 def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
-    """Where weights are used. Here they are always whole; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry."""
+    """Where weights are used; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry, once for many passes."""
     return nullcontext()
 
 
@@ -506,18 +506,20 @@ class Learner:
         return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
-        self.weights[i].data.copy_(self.masters[i].data.copy_(state["weight"]))
-        self.optimizer.state[self.masters[i]].update((key, x) for key, x in state.items() if key != "weight")
+        master = self.masters[i].data.copy_(state.pop("weight"))
+        self.weights[i].data.copy_(master)
+        self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
 
     def save(self, path: Path) -> None:
         tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
         for i in range(len(self.weights)):
-            tensors |= {f"{i}.{key}": x.contiguous() for key, x in self.get_state(i).items()}
+            tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        tensors, states = load_file(path, device=str(self.model.lm.device)), defaultdict(dict)
+        tensors, states = load_file(path), defaultdict(dict)
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():
             index, key = name.split(".")
@@ -539,7 +541,8 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    lm = auto_class.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=config.trust_remote_code)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    lm = auto_class.from_pretrained(name, **options)
     for module in lm.modules():
         for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
             if "drop" in key or isinstance(module, nn.Dropout):
@@ -811,7 +814,7 @@ def generate(
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """One process has nothing to add; in ppo_llm_multigpu.py this is an all-reduce. All statistics go through it."""
+    """All statistics go through it, so that all ranks of ppo_llm_multigpu.py take the same branch."""
     return x
 
 
@@ -1431,6 +1434,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if present and not inside and not (died and present <= RUN_FILES):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
         (run_dir / "samples.jsonl").write_text("")
@@ -1443,8 +1447,6 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
 def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
     """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
     folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
