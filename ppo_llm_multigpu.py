@@ -42,12 +42,11 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -68,15 +67,14 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, 0)) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-WORLD = WORLD or 1  # processes; without a launcher this is the only one
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, x[0] == "W")) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-STATE = "weight", "exp_avg", "exp_avg_sq"  # what a checkpoint holds of each weight
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
+STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
@@ -193,9 +191,9 @@ class Config:
     track: Literal["none", "wandb", "trackio"] = "none"  # also send the metrics there (pip install it first)
     # Ranks
     zero_stage: Literal[0, 2, 3] = 2  # split over the ranks: 2 optimizer and gradients, 3 weights not in use, too
-    offload: Literal["none", "optimizer", "all"] = "none"  # keep the optimizer, or weights not in use too, in CPU memory
+    offload: Literal["none", "optimizer", "all"] = "none"  # keep the optimizer, or weights not in use too, on the CPU
     ds_config: str | None = None  # JSON file: entries that replace those of the DeepSpeed configuration made here
-    dist_timeout: int = 1800  # seconds; a rank whose rollout or update takes longer ends the run
+    dist_timeout: int = 1800  # seconds that a rank waits for the others before it ends the run
 
     @property
     def rollout_size(self) -> int:  # B, responses per step
@@ -285,7 +283,7 @@ def seeded(device: torch.device | str, *parts) -> torch.Generator:
 
 
 def start_ranks(config: Config) -> None:
-    """Joins the processes that the launcher has started."""
+    """Joins the processes that the launcher has started; without a launcher there is one."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cuda" if gpu else "cpu"} | os.environ)
@@ -297,51 +295,34 @@ def start_ranks(config: Config) -> None:
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timedelta(seconds=config.dist_timeout), verbose=False)
 
 
-WATCH = [threading.Timer(0, print)]  # ends a rank that is stuck; its name is what the rank is doing
-
-
-def begin(phase: str, config: Config) -> None:
-    """Says what this rank does from now on; if that takes longer than dist_timeout, it ends itself, and so the run."""
-
-    def give_up():
-        print(f"rank {RANK}: {phase} took longer than dist_timeout = {config.dist_timeout} s", file=sys.stderr)
-        faulthandler.dump_traceback()
-        os._exit(1)
-
-    WATCH.pop().cancel()
-    WATCH.append(threading.Timer(config.dist_timeout, give_up))
-    WATCH[0].name, WATCH[0].daemon = phase, True
-    WATCH[0].start()
-
-
 def one_rank_first(function: Callable, *arguments, **options):
-    """What function returns; the first rank of a machine runs it before the others, who find its downloads in a cache."""
+    """What function returns; one rank of a machine runs it before the others, who find its downloads in the cache."""
     results = [function(*arguments, **options)] if LOCAL_RANK == 0 else []
     dist.barrier()
     return results[0] if results else function(*arguments, **options)
 
 
 def own_rows(rows: list[int], config: Config) -> list[int]:
-    """Which of these rows of all ranks are this rank's, by their numbers in its rollout."""
+    """Those of these rows of all ranks that are this rank's, by their numbers in its rollout."""
     size = config.rollout_size // WORLD
     return [i % size for i in rows if i // size == RANK]
 
 
 def in_step(passes: Iterable, rollout: "Rollout") -> list:
-    """The passes, and as many without weight as another rank has more: gradients are added up in every backward."""
+    """The passes, and as many without weight as another rank has more: every backward adds up all ranks' gradients."""
     passes, nothing = list(passes), rollout.take([0])
     nothing.mask = torch.zeros_like(nothing.mask)
     return passes + [([], nothing)] * (int(max_over_ranks(len(passes))) - len(passes))
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
+    """From our flags; entries of the file ds_config replace ours."""
     given = json.loads(Path(config.ds_config).read_text()) if config.ds_config else {}
-    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    away = ["offload_optimizer", "offload_param"][: ["none", "optimizer", "all"].index(config.offload)]
     zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
-    zero |= {"offload_optimizer": host} if config.offload != "none" else {}
-    zero |= {"offload_param": host} if config.offload == "all" else {}
+    zero |= {name: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for name in away}
     own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
-           "managed_gradient_accumulation": False,  # many backward, one step; else ZeRO-2 keeps the last gradient only
+           "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last gradient only
            "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
            "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False}
     return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
@@ -538,11 +519,10 @@ class LanguageModel(nn.Module):
 
 
 def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
-    """Where weights are used: ZeRO-3 gathers them on entry, once for many passes, so that no pass waits for a rank."""
+    """Where weights are used; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry, once for many passes."""
+    weights = [w for model in filter(None, models) for w in model.parameters() if hasattr(w, "ds_id") and not w.numel()]
     import deepspeed
-
-    weights = [w for model in filter(None, models) for w in model.parameters() if hasattr(w, "ds_id")]
-    return deepspeed.zero.GatheredParameters([w for w in weights if not w.numel()])
+    return deepspeed.zero.GatheredParameters(weights) if weights else nullcontext()
 
 
 class Learner:
@@ -550,39 +530,39 @@ class Learner:
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
         self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        self.weights = self.masters = list(model.parameters())
+        self.weights = self.masters = list(model.parameters())  # masters and sums are DeepSpeed's, and fp32
         body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
         groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-        import deepspeed
-
         self.stage, ds_config = config.zero_stage, deepspeed_config(config, model.lm.dtype)
         if self.stage == 0 and model.lm.dtype != torch.float32:
-            raise UsageError("zero_stage 0 has no fp32 masters of bfloat16 weights: dtype float32, or zero_stage 2 or 3")
-        model.forward = lambda loss: loss  # engine(loss) prepares DeepSpeed for a backward; the passes are ours
-        self.engine, self.zero, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds_config)
-        if self.stage == 2:
-            self.masters = self.zero.single_partition_of_fp32_groups  # this rank's part of all weights, laid flat
+            raise UsageError("zero_stage 0 keeps no fp32 masters of bfloat16 weights: give zero_stage 2 or 3")
+        import deepspeed
+        model.forward = lambda loss: loss  # engine(loss) makes DeepSpeed ready for its backward; the passes are ours
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds_config)
         if self.stage == 3:
-            self.masters = self.zero.fp32_partitioned_groups_flat
-            self.zero.parameter_offload.destroy()  # its hooks gather layer by layer; whole_weights gathers everything
-        for x in self.masters:
-            self.optimizer.state[x].update(exp_avg=torch.zeros_like(x), exp_avg_sq=torch.zeros_like(x),
-                                           step=torch.zeros((), device=x.device))
+            self.optimizer.parameter_offload.destroy()  # whole_weights gathers, not these hooks, layer by layer
+        self.parts = {2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}.get(self.stage)
+        self.parts = getattr(self.optimizer, self.parts) if self.stage else []  # this rank's masters, laid flat
+        for x in self.parts:
+            means = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            self.optimizer.state[x].update(means, step=torch.zeros((), device=x.device))
+        if self.stage == 2:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of loss, summed over the ranks, to what has been collected since the last step."""
-        self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean of the ranks
+        """Adds the gradient of loss to what has been collected since the last step."""
+        self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean of the ranks' gradients
 
     def clip_gradient(self) -> Tensor:
-        """Scales the gradient down to norm grad_clip (ZeRO does so in its step), and returns the norm it had."""
-        if self.stage == 0:
-            self.engine.buffered_allreduce_fallback()
-            return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
-        self.zero.finalize_gradient_accumulation_boundary()
-        norms = self.zero._get_norm_groups() if self.stage == 3 else [self.zero.scaled_global_norm()]
-        norms = torch.stack([x.to(self.model.lm.device) for x in norms])
-        return torch.where((norms < 0).any(), torch.nan, norms.norm())  # DeepSpeed writes -1 for what is not finite
+        """Scales the gradient down to norm grad_clip, and returns the norm it had."""
+        if self.stage:  # ZeRO clips in its step
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            norms = self.optimizer._get_norm_groups() if self.stage == 3 else [self.optimizer.scaled_global_norm()]
+            norms = torch.stack([x.to(self.model.lm.device) for x in norms])
+            return torch.where((norms < 0).any(), torch.nan, norms.norm())  # -1 stands for what is not finite
+        self.engine.buffered_allreduce_fallback()
+        return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
 
     @torch.no_grad()
     def step(self, lr_factor: float, grad_norm: float) -> None:
@@ -590,16 +570,17 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if math.isfinite(grad_norm):
-            self.zero.step()
+            self.optimizer.step()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(master)  # a weight in fp32 is its own master
         self.skipped_steps += not math.isfinite(grad_norm)
         self.drop_gradient()
 
     def drop_gradient(self) -> None:
-        self.zero.zero_grad()  # ZeRO-3 begins its sums anew after this
+        self.optimizer.zero_grad(set_to_none=True)
         if self.stage == 2:
-            self.zero.averaged_gradients.clear()
-            self.zero.all_grad_tensors.clear()
-            self.zero.micro_step_id = -1
+            zero = self.optimizer
+            zero.averaged_gradients, zero.all_grad_tensors, zero.micro_step_id = {}, {}, -1
 
     def export(self, folder: Path, tokenizer) -> None:
         """A plain Hugging Face folder that AutoModelForCausalLM loads."""
@@ -608,54 +589,52 @@ class Learner:
         self.model.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
-    def parts(self, weight: Tensor) -> tuple[slice, dict[str, Tensor]]:
-        """Which part of a weight, laid flat, is this rank's, and its fp32 master and AdamW's means, to be written to."""
-        master, start, first, size = weight, 0, 0, weight.numel()
-        if self.stage == 2:
-            part = weight._hp_mapping
-            if part is None:  # all of it is on other ranks
-                return slice(0), {}
-            master, start = self.masters[part.param_group_index], part.hp_fragment_address.start
-            first, size = part.lp_fragment_address.start, part.lp_fragment_address.numel
-        if self.stage == 3:
-            group, start, size = self.zero.grad_position[self.zero.get_param_id(weight)]
-            master, first = self.masters[group], min(RANK * size, weight.ds_numel)
-            size = min(size, weight.ds_numel - first)
-        state = self.optimizer.state[master] | {"weight": master.detach()}
-        return slice(first, first + size), {x: state[x].view(-1)[start : start + size] for x in STATE}
+    def get_state(self, i: int) -> dict[str, Tensor]:
+        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
+        if self.stage:  # put together from all ranks
+            weight, step = self.weights[i], self.optimizer.state[self.parts[0]]["step"].clone()
+            get = weight.get_full_hp_param if self.stage == 2 else partial(self.optimizer.get_full_hp_param, weight)
+            state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
+            return {} if RANK else state | {"step": step}
+        return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
 
-    @torch.no_grad()
+    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
+        for x in self.parts:
+            self.optimizer.state[x]["step"].copy_(state.get("step", torch.tensor(0.0)))
+        for key in {"weight", "exp_avg", "exp_avg_sq"} & set(state if self.stage else {}):
+            x, name, weight = state[key], None if key == "weight" else key, self.weights[i]
+            if self.stage == 3:  # every rank has an equal part, with zeros behind the end
+                x, size = x.reshape(weight.ds_shape).flatten(), weight.ds_tensor.numel()
+                x = nn.functional.pad(x, (0, size * WORLD - len(x))).split(size)[RANK]
+                self.optimizer.set_local_hp_param(x, weight, name)
+            else:
+                weight.set_full_hp_param(x, name)
+            if key == "weight":
+                (weight.ds_tensor if self.stage == 3 else weight.data).copy_(x)
+        if self.stage:
+            return
+        master = self.masters[i].data.copy_(state.pop("weight"))
+        self.weights[i].data.copy_(master)
+        self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
+
     def save(self, path: Path) -> None:
-        """The same file as ppo_llm.py's, for any stage and number of ranks: rank 0 writes what all have."""
-        tensors, step = {"skipped_steps": torch.tensor(self.skipped_steps)}, self.optimizer.state[self.masters[0]]["step"]
-        for i, weight in enumerate(self.weights):
-            (place, parts), tensors[f"{i}.step"] = self.parts(weight), step.clone()
-            for key in STATE:
-                whole = torch.zeros(getattr(weight, "ds_shape", weight.shape))
-                if parts and (self.stage or RANK == 0):
-                    whole.view(-1)[place] = parts[key].cpu()
-                whole = sum_over_ranks(whole)
-                tensors |= {} if RANK else {f"{i}.{key}": whole}
-        if RANK == 0:
-            save_file(tensors, path)
+        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
+        for i in range(len(self.weights)):
+            tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
+        if RANK:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            self.skipped_steps, names = int(file.get_tensor("skipped_steps")), set(file.keys())
-            for i, weight in enumerate(self.weights):
-                place, parts = self.parts(weight)
-                for key in [key for key in parts if f"{i}.{key}" in names]:
-                    whole = file.get_tensor(f"{i}.{key}")
-                    if whole.shape != getattr(weight, "ds_shape", weight.shape):
-                        raise RuntimeError(f"{path}: weight {i} has the shape {tuple(whole.shape)}")
-                    parts[key].copy_(whole.view(-1)[place])
-                if self.stage == 3:
-                    weight.ds_tensor[: len(parts["weight"])].copy_(parts["weight"])
-            for x in self.masters:
-                self.optimizer.state[x]["step"].fill_(file.get_tensor("0.step").item() if "0.step" in names else 0)
-        if self.stage == 2:
-            self.zero.update_lp_params()
+        tensors, states = load_file(path), defaultdict(dict)
+        self.skipped_steps = int(tensors.pop("skipped_steps"))
+        for name, x in tensors.items():
+            index, key = name.split(".")
+            states[int(index)][key] = x
+        for i in range(len(self.weights)):
+            self.set_state(i, states[i])
 
 
 @dataclass
@@ -693,7 +672,6 @@ def build_models(tokenizer, config: Config) -> Models:
         reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
     if reference and config.zero_stage == 3:
         import deepspeed
-
         deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
     if config.uses_critic and config.critic == "separate" and not config.eval_only:
         trunk = load_lm(config.critic_model or config.model, AutoModel, config)
@@ -835,8 +813,8 @@ class Engine:
         self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
         self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
         self.cache, self.replays, self.greedy = {}, {}, False
-        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):
-            self.capture()  # under ZeRO-3 the addresses of the weights change
+        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # which moves
+            self.capture()
 
     def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
         """Reads prompts into idle slots and chooses the first token of each response."""
@@ -916,8 +894,8 @@ def generate(
     if model.engine is None or model.engine.key != key:
         model.engine = Engine(model, *key)
     engine = model.engine
-    noise = None if generator is None else torch.rand(  # for all ranks: a prompt gets the same numbers on any of them
-        WORLD, len(prompts), c.max_response_length, generator=generator, device=device)[RANK]
+    noise = None if generator is None else torch.rand(
+        WORLD, len(prompts), c.max_response_length, generator=generator, device=device)[RANK]  # a prompt's, on any rank
     queue, owner = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * slots
     while True:
         done, counts = engine.done.tolist(), engine.count.tolist()
@@ -948,7 +926,7 @@ def generate(
 
 
 def sum_over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
-    """All statistics go through it: all ranks get the same numbers and take the same branch."""
+    """All statistics go through it, so that all ranks of ppo_llm_multigpu.py take the same branch."""
     total = x.detach().clone().to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total, operation)
     return total.to(x.device)
@@ -1579,6 +1557,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if present and not inside and not (died and present <= RUN_FILES):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
         (run_dir / "samples.jsonl").write_text("")
@@ -1591,9 +1570,6 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
 def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
     """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
     folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
-    if RANK == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
@@ -1654,9 +1630,6 @@ def prepare(config: Config) -> tuple:
 
 def main(config: Config) -> None:
     start_ranks(config)
-    begin("start", config)
-    stop: list[int] = []  # a SIGTERM to any rank ends them all after the step
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     tokenizer, reward, train, evals, tracker = one_rank_first(prepare, config)
     torch.use_deterministic_algorithms(config.deterministic)
     total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
@@ -1669,9 +1642,8 @@ def main(config: Config) -> None:
     (run_dir, checkpoint_dir), first = folders[0], (train or evals)[:2]
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
-          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows; {WORLD} ranks, ZeRO-{config.zero_stage}")
-    evals = evals[RANK::WORLD]
-    models = build_models(tokenizer, config)
+          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+    models, evals = build_models(tokenizer, config), evals[RANK::WORLD]
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
         with whole_weights(model):
             check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
@@ -1680,8 +1652,7 @@ def main(config: Config) -> None:
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
-    tracker = None if RANK else tracker
-    if tracker:
+    if tracker and not RANK:
         tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
@@ -1689,12 +1660,11 @@ def main(config: Config) -> None:
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=RANK or not sys.stderr.isatty()):
         clock = time.perf_counter()
-        begin(f"rollout of step {step + 1}", config)
+        faulthandler.dump_traceback_later(2 * config.dist_timeout, exit=True)  # a rank that is stuck shows where
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         batch = batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
         examples = [train[i] for i in batch for _ in range(config.rollout_n)]
         rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
-        begin(f"update of step {step + 1}", config)
         if models.critic:
             metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
         if step >= config.critic_warmup:
@@ -1703,9 +1673,8 @@ def main(config: Config) -> None:
         seconds = time.perf_counter() - clock
         tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
         metrics["time/tokens_per_second"] = tokens / seconds
-        begin(f"evaluation, logs and checkpoint of step {step + 1}", config)
         samples, last = describe(rollout, "train", models, config), step + 1 == total
-        stopping = max_over_ranks(len(stop)) > 0
+        stopping = sum_over_ranks(torch.tensor(len(STOP))).item() > 0
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
             metrics, samples = metrics | eval_metrics, samples + eval_samples
@@ -1714,7 +1683,7 @@ def main(config: Config) -> None:
         if last or stopping or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
             save_summary(run_dir, config, "running")
-        if stopping:
+        if stopping and not last:
             dist.barrier()  # a launcher ends all when one has gone
             sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
@@ -1729,13 +1698,14 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # one rank speaks for all
     sys.argv = [argument for argument in sys.argv if not re.match("--local[-_]rank", argument)]  # launchers add it
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
     defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
     try:
         main(tyro.cli(Config, default=defaults, use_underscores=True))
     except UsageError as error:
         print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
         sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        print(f"rank {RANK} failed in {WATCH[0].name}", file=sys.stderr, flush=True)
-        os._exit(1)  # at once: nothing waits for the other ranks
+    except Exception as error:
+        phase = traceback.extract_tb(error.__traceback__)[1:3][-1].name  # what main called
+        print(f"{traceback.format_exc()}rank {RANK} failed in {phase}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once, without waiting for the other ranks
