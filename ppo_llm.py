@@ -48,6 +48,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,7 @@ LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_target")  # what a checkpoint holds depends on it
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
+STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
@@ -644,6 +646,11 @@ class LanguageModel(nn.Module):
         return logits / temperature
 
 
+def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
+    """Where weights are used; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry, once for many passes."""
+    return nullcontext()
+
+
 class Learner:
     """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
 
@@ -691,22 +698,31 @@ class Learner:
         self.model.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
+    def get_state(self, i: int) -> dict[str, Tensor]:
+        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
+        return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
+
+    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
+        master = self.masters[i].data.copy_(state.pop("weight"))
+        self.weights[i].data.copy_(master)
+        self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
+
     def save(self, path: Path) -> None:
         tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
-        for i, master in enumerate(self.masters):
-            state = self.optimizer.state.get(master, {}) | {"weight": master.detach()}
-            tensors |= {f"{i}.{key}": x.contiguous() for key, x in state.items()}
+        for i in range(len(self.weights)):
+            tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        tensors = load_file(path, device=str(self.masters[0].device))
+        tensors, states = load_file(path), defaultdict(dict)
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():
             index, key = name.split(".")
-            self.optimizer.state[self.masters[int(index)]][key] = x
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            weight.data.copy_(master.copy_(self.optimizer.state[master].pop("weight")))
+            states[int(index)][key] = x
+        for i in range(len(self.weights)):
+            self.set_state(i, states[i])
 
 
 @dataclass
@@ -722,7 +738,8 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    lm = auto_class.from_pretrained(name, dtype=getattr(torch, dtype), trust_remote_code=config.trust_remote_code)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    lm = auto_class.from_pretrained(name, **options)
     for module in lm.modules():
         for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
             if "drop" in key or isinstance(module, nn.Dropout):
@@ -1038,7 +1055,7 @@ def generate(
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """One process has nothing to add; in ppo_llm_multigpu.py this is an all-reduce. All statistics go through it."""
+    """All statistics go through it, so that all ranks of ppo_llm_multigpu.py take the same branch."""
     return x
 
 
@@ -1299,11 +1316,14 @@ def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tupl
 def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
     """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
     results: list[Tensor | None] = [None] * 4
-    for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c):
-        for head, x in enumerate(forward(model, part, c.temperature, reference, token_head)):
+    with whole_weights(model, reference):
+        outputs = [(rows, forward(model, part, c.temperature, reference, token_head))
+                   for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c)]
+    for rows, heads in outputs:
+        for head, x in enumerate(heads):
             if x is not None:
                 results[head] = torch.zeros_like(rollout.mask) if results[head] is None else results[head]
-                results[head][rows, : part.mask.shape[1]] = x
+                results[head][rows, : x.shape[1]] = x
     return results
 
 
@@ -1339,7 +1359,8 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
 def respond(models: Models, examples: list[Example], config: Config, generator: torch.Generator | None) -> Rollout:
     """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
     policy, prompts = models.actor.model, [e.prompt for e in examples]
-    responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
+    with whole_weights(policy):
+        responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
     mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
     stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
     texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -1478,15 +1499,16 @@ def train_mini_batch(
     learner, loss_of = (models.actor, actor_loss) if role == "actor" else (models.critic, critic_loss)
     weights, sums = torch.zeros_like(rollout.mask), defaultdict(float)
     weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
-    for rows, part in micro_batches(batch, rollout, c):
-        width = part.mask.shape[1]
-        loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
-        learner.backward(loss)
-        if role == "actor":
-            rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
-            rollout.clipped[rows, :width] = logged["policy/clipfrac"]
-        for name, x in logged.items():
-            sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
+    with whole_weights(learner.model, models.reference if role == "actor" and c.kl_kind == "full" else None):
+        for rows, part in micro_batches(batch, rollout, c):
+            width = part.mask.shape[1]
+            loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
+            learner.backward(loss)
+            if role == "actor":
+                rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
+                rollout.clipped[rows, :width] = logged["policy/clipfrac"]
+            for name, x in logged.items():
+                sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
     sums["tokens"] = rollout.mask[batch].sum()
     totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
     result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
@@ -1666,6 +1688,7 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     if present and not inside and not (died and present <= RUN_FILES):
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
     if not inside:
         (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
         (run_dir / "samples.jsonl").write_text("")
@@ -1678,8 +1701,6 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
 def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
     """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
     folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
@@ -1752,7 +1773,8 @@ def main(config: Config) -> None:
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
-        check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
+        with whole_weights(model):
+            check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
     kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
     target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
@@ -1775,18 +1797,23 @@ def main(config: Config) -> None:
             metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
         seconds = time.perf_counter() - clock
-        metrics["time/tokens_per_second"] = sum(map(len, rollout.prompts + rollout.responses)) / seconds
+        tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
+        metrics["time/tokens_per_second"] = tokens / seconds
         samples, last = describe(rollout, "train", models, config), step + 1 == total
+        stopping = sum_over_ranks(torch.tensor(len(STOP))).item() > 0
         if evals and (last or (step + 1) % config.eval_every == 0):
             eval_metrics, eval_samples = evaluate(models, reward, evals, config)
             metrics, samples = metrics | eval_metrics, samples + eval_samples
         log_metrics(run_dir, step + 1, metrics, samples, tracker)
         check_health(metrics, step, said)
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
+        if last or stopping or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
             save_summary(run_dir, config, "running")
+        if stopping and not last:
+            sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
-        models.actor.export(run_dir / ("adapter" if config.merge_lora else "model"), tokenizer)
+        with whole_weights(models.actor.model):
+            models.actor.export(run_dir / ("adapter" if config.merge_lora else "model"), tokenizer)
     if config.merge_lora and not config.eval_only:
         merge_adapter(run_dir / "adapter", run_dir / "model", config)
     evaluations = save_summary(run_dir, config, "finished")
@@ -1796,6 +1823,7 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
     defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
     try:
         main(tyro.cli(Config, default=defaults, use_underscores=True))

@@ -352,3 +352,16 @@ def test_a_bf16_run_exports_bf16_weights(folder, tmp_path):
     main(long_config(folder, tmp_path / "run", dtype="bfloat16", total_steps=1))
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert exported.dtype == torch.bfloat16
+
+
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint_from_which_it_goes_on(folder, tmp_path, monkeypatch):
+    straight, run_dir, real = tmp_path / "straight", tmp_path / "run", ppo_llm.update
+    main(long_config(folder, straight))
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_llm, "STOP", [])
+        patch.setattr(ppo_llm, "update", lambda *args: (ppo_llm.STOP.append(15), real(*args))[1])
+        with pytest.raises(SystemExit) as end:
+            main(long_config(folder, run_dir, save_every=0))
+    assert end.value.code == 143 and [path.name for path in ppo_llm.checkpoints(run_dir)] == ["step_1"]
+    main(long_config(folder, run_dir))
+    assert without_times(run_dir) == without_times(straight)

@@ -1,0 +1,1711 @@
+"""Proximal Policy Optimization for language models: ppo_llm.py on DeepSpeed, any number of GPUs and machines.
+
+    deepspeed ppo_llm_multigpu.py                                        # bundled demo on the GPUs of this machine
+    deepspeed ppo_llm_multigpu.py --model Qwen/Qwen2.5-0.5B-Instruct     # GSM8K with the published settings
+    torchrun --nproc_per_node 2 ppo_llm_multigpu.py --device cpu         # the demo in two processes without a GPU
+
+    for step in range(total_steps):
+        rollout = generate(policy, prompts)                             responses and their old_logprobs
+        scores = reward(prompts, responses, answers)                    one number per response
+        rewards = compute_rewards(scores, kl, kl_coef)                  on the last token, minus kl_coef * kl per token
+        advantages, returns = compute_advantages(rewards, values)       GAE, or critic-free baselines
+        for epoch, mini_batch in rollout:
+            critic_loss = clipped_value_loss(values, old_values, returns)
+            actor_loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy (+ kl)
+        kl_controller.update(kl)                                        adaptive KL, when asked
+
+Shapes: B sequences, T response tokens, N response tokens of a micro-batch in one row, H hidden size, V vocabulary.
+[B, T] tensors are fp32, right-padded, 0 where `mask` is 0; index t of values and logprobs is the state before token t.
+
+Where this differs from the papers and from other code, on purpose:
+1. A loss is a weighted sum whose weights are known before the mini-batch is cut (`loss_weights`): micro-batch size and
+   padding change memory and speed, never the result. Policy, value, entropy and KL losses share the weights.
+2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, before the first update.
+3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature, never truncated.
+4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl and TRL).
+5. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
+6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
+"""
+
+import copy
+import faulthandler
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import numbers
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import pandas
+import torch
+import torch.distributed as dist
+import transformers
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, x[0] == "W")) for x in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+HERE = Path(__file__).resolve().parent
+GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
+LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
+RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
+STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
+LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
+STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
+CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
+KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
+KLLoss = Literal[KLPenalty, "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
+Estimator = Literal["gae", "grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+class UsageError(Exception):
+    """What the user can mend: shown as one sentence, exit code 2."""
+
+
+# ---- Config. Defaults: the published GSM8K run (verl, Qwen2.5-0.5B-Instruct). DEMO runs without --model --------------
+
+
+@dataclass
+class Config:
+    # Run
+    seed: int = 1  # seeds the prompt order, the sampling, the shuffles and the value head
+    output_dir: str | None = None  # the run's folder; None: output/ppo_llm-DATASET-seedN-TIME
+    resume: str = "auto"  # auto (continue what is in output_dir), never, must, or the path of a checkpoint
+    device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
+    deterministic: bool = False  # only deterministic kernels; slower on a GPU
+    # Models
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
+    critic: Literal["separate", "shared"] = "separate"  # a model of its own, or a value head on the policy's trunk
+    critic_model: str | None = None  # weights the separate critic starts from; None: those of the policy
+    value_head_init: Literal["zero", "normal"] = "zero"  # zero: V starts at 0; normal: N(0, 0.02), noise of +-10
+    value_pooling: Literal["last", "mean"] = "last"  # the critic reads the last hidden state, or the mean of all so far
+    reference: Literal["init", "previous", "mixed"] = "init"  # KL to the start, the policy of this rollout, or mixed
+    reference_mix: float = 0.5  # weight of the previous policy in reference mixed
+    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about 30 % slower
+    trust_remote_code: bool = False  # run Python code that comes with a model repository
+    # Data
+    dataset: str = "openai/gsm8k"  # demo, a Hub name NAME[:CONFIG[:SPLIT]], or a json, jsonl, csv or parquet file
+    eval_dataset: str | None = None  # the same; None: the test split of demo and gsm8k, otherwise no evaluation
+    prompt_column: str | None = None  # None: question, instruction (+ input), prompt or messages
+    answer_column: str | None = None  # None: answer or output, where there is one
+    system_prompt: str | None = None  # put before every prompt as a system turn
+    max_prompt_length: int = 1024  # tokens
+    overlong_prompt: Literal["drop", "truncate_left", "error"] = "drop"  # longer training prompts; evaluation truncates
+    # Reward
+    reward: str = "gsm8k"  # gsm8k (strict match), or FILE.py:function(prompts, responses, answers) -> floats
+    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # where the score goes
+    attribution_discount: float = 0.95  # discounted: weight of a token relative to the next one
+    missing_eos_penalty: float | None = None  # applied to the score of a response that was cut; None: no rule
+    missing_eos_mode: Literal["subtract", "replace", "scale"] = "subtract"  # score - p, -p, or score * p
+    overlong_buffer: int = 0  # score falls linearly by 1 over the last N tokens before the limit (DAPO)
+    score_clip: float | None = None  # clip scores to [-c, c]
+    whiten_rewards: bool = False  # scale the token rewards to unit variance, keeping their mean
+    # KL against the reference policy
+    use_kl_in_reward: bool | None = None  # None: unless use_kl_loss
+    kl_penalty: KLPenalty = "k1"  # estimator in the reward; only k1 gives the gradient of KL(policy, reference)
+    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # adaptive: the coefficient is steered towards kl_ctrl_target
+    kl_ctrl_coef: float = 0.001  # coefficient of the KL in the reward; 0: no reference model is loaded
+    kl_ctrl_target: float | None = None  # KL to hold; None: 0.1 per token, 6.0 per sequence
+    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # of the target: mean per token (verl) or sum per sequence
+    kl_ctrl_horizon: int = 10000  # responses over which the coefficient moves by at most 20 %
+    use_kl_loss: bool = False  # KL as a term of the actor's loss instead of the reward
+    kl_loss_coef: float = 0.001  # its coefficient (adaptive too, when kl_ctrl_type is)
+    kl_loss_type: KLLoss = "k3+"  # estimator in the loss; k2, full and the + forms have the right gradient
+    # Rollout
+    train_batch_size: int = 256  # prompts per step
+    rollout_n: int = 1  # responses per prompt
+    max_response_length: int = 512  # tokens
+    temperature: float = 1.0  # divides the logits, in sampling and in every log-probability
+    top_p: float = 1.0  # nucleus sampling; below 1 the log-probs are still of the untruncated policy
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
+    rollout_slots: int = 256  # responses generated at a time
+    # Advantage
+    adv_estimator: Estimator = "gae"  # gae needs a critic, the others none
+    gamma: float = 1.0  # discount per token
+    lam: float = 1.0  # GAE lambda
+    lam_critic: float | None = None  # another lambda for the returns the critic learns (VC-PPO); None: lam
+    length_adaptive_alpha: float | None = None  # lambda = 1 - 1/(alpha * length) for the actor (VAPO; 0.05); None: lam
+    norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO)
+    whiten_advantages: bool | None = None  # over all tokens of the rollout; None: as the estimator is defined
+    # Loss
+    clip_ratio: float = 0.2  # the ratio new/old is clipped to 1 +- this
+    clip_ratio_low: float | None = None  # lower side; None: clip_ratio
+    clip_ratio_high: float | None = None  # upper side; None: clip_ratio
+    clip_ratio_c: float | None = 3.0  # dual clip: bound on the ratio where the advantage is negative; None: off
+    cliprange_value: float | None = 0.5  # values move at most this far from the old ones; None: off
+    vf_coef: float = 0.1  # weight of the value loss when critic is shared
+    entropy_coeff: float = 0.001  # weight of the entropy bonus
+    loss_agg_mode: Aggregation = "token-mean"  # how the losses of tokens become one number
+    loss_scale_factor: float | None = None  # divisor of seq-mean-token-sum-norm; None: max_response_length
+    # Optimization
+    total_epochs: int = 15  # passes over the data set
+    total_steps: int | None = None  # steps (rollout + update); None: from total_epochs
+    ppo_epochs: int = 1  # passes over each rollout
+    ppo_mini_batch_size: int = 64  # responses per optimizer step
+    critic_ppo_epochs: int | None = None  # passes of the critic; None: ppo_epochs
+    critic_ppo_mini_batch_size: int | None = None  # responses per step of the critic; None: ppo_mini_batch_size
+    ppo_micro_batch_size: int | None = None  # responses per forward and backward; None: no such limit
+    micro_batch_tokens: int = 16384  # tokens per pass; changes memory and speed only
+    lr: float = 1e-6  # learning rate of the policy
+    critic_lr: float = 1e-5  # learning rate of the critic or of the value head
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
+    warmup_steps: int = 0  # steps (rollout + update) of linear warm-up
+    weight_decay: float = 0.01  # of AdamW
+    grad_clip: float = 1.0  # gradient norm is clipped to this
+    early_stop_kl: float | None = None  # end the actor's update when a mini-batch's approx_kl passes this
+    critic_warmup: int = 0  # first steps in which only the critic learns
+    critic_early_stop: bool = False  # end the critic's epochs when the value loss on a held-out tenth stops falling
+    # Evaluation, logs, checkpoints
+    eval_every: int = 10  # steps between greedy evaluations (also before the first step and at the end); 0: never
+    eval_size: int | None = None  # evaluation rows; None: all
+    eval_only: bool = False  # evaluate the model and exit
+    print_samples: int = 2  # responses written to samples.jsonl per rollout and per evaluation
+    save_every: int = 50  # steps between checkpoints; 0: only the final model
+    save_total_limit: int = 2  # newest checkpoints that are kept
+    track: Literal["none", "wandb", "trackio"] = "none"  # also send the metrics there (pip install it first)
+    # Ranks
+    zero_stage: Literal[0, 2, 3] = 2  # split over the ranks: 2 optimizer and gradients, 3 weights not in use, too
+    offload: Literal["none", "optimizer", "all"] = "none"  # keep the optimizer, or weights not in use too, on the CPU
+    ds_config: str | None = None  # JSON file: entries that replace those of the DeepSpeed configuration made here
+    dist_timeout: int = 1800  # seconds that a rank waits for the others before it ends the run
+
+    @property
+    def rollout_size(self) -> int:  # B, responses per step
+        return self.train_batch_size * self.rollout_n
+
+    @property
+    def uses_critic(self) -> bool:
+        return self.adv_estimator == "gae"
+
+    @property
+    def on_policy(self) -> bool:  # one optimizer step per rollout: the old policy is the current one
+        return self.ppo_epochs == 1 and self.ppo_mini_batch_size == self.rollout_size
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return not self.use_kl_loss if self.use_kl_in_reward is None else self.use_kl_in_reward
+
+    @property
+    def kl_coef(self) -> float:  # at the start; 0: no KL is used and no reference model is needed
+        return self.kl_loss_coef if self.use_kl_loss else self.kl_ctrl_coef if self.kl_in_reward else 0.0
+
+    @property
+    def kl_kind(self) -> str:  # estimator of the KL in use
+        kind = self.kl_loss_type if self.use_kl_loss else self.kl_penalty
+        return KL_ALIASES.get(kind, kind)
+
+
+DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
+              ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
+
+
+def check_config(c: Config) -> None:
+    """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
+    separate = any(getattr(c, f"critic_{x}") for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split())
+    adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
+    given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
+    exempt = "seed missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam lam_critic".split()
+    at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
+    may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
+        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples zero_stage""".split()
+    refused = [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
+    refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
+    refused += [(not 0 <= given.get(name, 0) <= 1, f"{name} must lie between 0 and 1") for name in at_most_1]
+    refused += [
+        (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
+        (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
+        (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward and use_kl_loss: one replaces the other, choose one"),
+        (c.reference == "previous" and (not c.use_kl_loss or adaptive),
+         "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
+        (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
+        (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
+        (c.critic == "shared" and separate, "critic shared has one optimizer: only critic_lr applies to its critic"),
+        (not c.uses_critic and separate, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
+        (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
+         f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
+        (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
+         f"train_batch_size * rollout_n = {size} responses must divide into mini-batches: ppo_mini_batch_size ="
+         f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
+        (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
+        (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by the {WORLD} ranks"),
+        (c.critic_early_stop and size < 10 * WORLD, "critic_early_stop needs 10 responses per rank"),
+        (c.zero_stage < {"none": 0, "optimizer": 2, "all": 3}[c.offload], f"offload {c.offload}: zero_stage too low"),
+    ]
+    for wrong, sentence in refused:
+        if wrong:
+            raise UsageError(sentence)
+    if c.kl_coef and c.kl_in_reward and c.kl_kind != "k1":
+        warn(f"kl_penalty {c.kl_kind}: in the reward only k1 gives the gradient of KL(policy, reference)")
+    if c.kl_coef and c.use_kl_loss and c.kl_kind in ("k1", "abs", "k3"):
+        warn(f"kl_loss_type {c.kl_kind} lacks the gradient of KL(policy, reference): k1's is 0, k3's of the reverse KL")
+    if c.top_p < 1 or c.top_k > 0:
+        warn("top_p and top_k truncate the sampling, log-probs stay those of the whole policy: KL may turn negative")
+
+
+def warn(sentence: str) -> None:
+    if RANK:
+        return
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+def seeded(device: torch.device | str, *parts) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, such as (seed, "sampling", step)."""
+    return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
+
+
+# ---- Ranks: processes with the same text and weights, each with prompts, responses and gradients of its own ---------
+
+
+def start_ranks(config: Config) -> None:
+    """Joins the processes that the launcher has started; without a launcher there is one."""
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    os.environ.update(alone | {"DS_ACCELERATOR": "cuda" if gpu else "cpu"} | os.environ)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("WARNING")
+    if gpu:
+        torch.cuda.set_device(LOCAL_RANK)
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timedelta(seconds=config.dist_timeout), verbose=False)
+
+
+def one_rank_first(function: Callable, *arguments, **options):
+    """What function returns; one rank of a machine runs it before the others, who find its downloads in the cache."""
+    results = [function(*arguments, **options)] if LOCAL_RANK == 0 else []
+    dist.barrier()
+    return results[0] if results else function(*arguments, **options)
+
+
+def own_rows(rows: list[int], config: Config) -> list[int]:
+    """Those of these rows of all ranks that are this rank's, by their numbers in its rollout."""
+    size = config.rollout_size // WORLD
+    return [i % size for i in rows if i // size == RANK]
+
+
+def in_step(passes: Iterable, rollout: "Rollout") -> list:
+    """The passes, and as many without weight as another rank has more: every backward adds up all ranks' gradients."""
+    passes, nothing = list(passes), rollout.take([0])
+    nothing.mask = torch.zeros_like(nothing.mask)
+    return passes + [([], nothing)] * (int(max_over_ranks(len(passes))) - len(passes))
+
+
+def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
+    """From our flags; entries of the file ds_config replace ours."""
+    given = json.loads(Path(config.ds_config).read_text()) if config.ds_config else {}
+    away = ["offload_optimizer", "offload_param"][: ["none", "optimizer", "all"].index(config.offload)]
+    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
+    zero |= {name: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for name in away}
+    own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
+           "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last gradient only
+           "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
+           "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False}
+    return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
+
+
+# ---- Data and rewards -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    text: str  # what the user asks
+    answer: str  # ground truth; "" where the data set has none
+    prompt: list[int]  # token ids, ending where the response begins
+
+
+def read_rows(source: str, split: str) -> list[dict]:
+    """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError with file:line."""
+    path, where = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source), source
+    name, part, named_split = f"{source}::".split(":", 2)
+    try:
+        if path.suffix == ".jsonl":
+            rows = []
+            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                where = f"{path}:{number}"
+                rows += [json.loads(line)] if line.strip() else []
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_bytes())
+        elif path.suffix in (".csv", ".parquet"):
+            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
+        else:
+            part = part or ("main" if name.endswith("gsm8k") else None)
+            rows = datasets.load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
+    except Exception as error:  # whatever the reader says, the user can only mend the source
+        raise UsageError(f"{where}: {error.__cause__ or error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{source}: {'rows must be objects' if rows else 'no rows'}")
+    return rows
+
+
+def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, str]:
+    """Names of the prompt and the answer column ("": none). Raises UsageError with the columns present."""
+    names, needed = [], (True, config.reward == "gsm8k")
+    known = ("question", "instruction", "prompt", "messages"), ("answer", "output")
+    for wanted, usual, must in zip((config.prompt_column, config.answer_column), known, needed, strict=True):
+        names.append(wanted or next((name for name in usual if name in columns), ""))
+        if names[-1] not in columns and (wanted or must):
+            raise UsageError(f"{source}: no column {wanted or ' or '.join(usual)}; there are {', '.join(columns)}")
+    return names[0], names[1]
+
+
+def render_prompt(messages: list[dict], tokenizer) -> list[int]:
+    """Token ids of a conversation, up to where the assistant begins to speak."""
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt has not ended
+
+
+def make_examples(rows: list[dict], tokenizer, config: Config, source: str, training: bool) -> list[Example]:
+    """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
+    prompt_column, answer_column = find_columns(list(rows[0]), config, source)
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    mode = config.overlong_prompt if training else "truncate_left"
+    limit, overlong, examples = config.max_prompt_length, 0, []
+    for number, row in enumerate(rows, 1):
+        messages, answer = row.get(prompt_column), row.get(answer_column)
+        if isinstance(answer, float):  # a CSV column with gaps: 18 has become 18.0, a gap NaN
+            answer = int(answer) if answer.is_integer() else None if math.isnan(answer) else answer
+        answer = "" if answer is None else str(answer)
+        if "####" in answer or config.reward == "gsm8k":
+            answer = answer.split("####")[-1].strip().replace(",", "")
+        if isinstance(messages, str) and messages.strip():
+            extra = f" {GSM8K_INSTRUCTION}" if prompt_column == "question" else ""
+            extra += f"\n{row['input']}" if prompt_column == "instruction" and row.get("input") else ""
+            messages = [{"role": "user", "content": messages + extra}]
+        texts = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        if not texts or len(texts) < len(messages) or not all(texts):
+            raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
+        ids = render_prompt(system + messages, tokenizer)
+        overlong += len(ids) > limit
+        if len(ids) > limit and mode == "error":
+            raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
+        if len(ids) <= limit or mode == "truncate_left":
+            examples.append(Example(texts[-1], answer, ids[-limit:]))
+    if overlong:
+        done = "dropped" if mode == "drop" else "truncated on the left"
+        warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
+    return examples
+
+
+def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation examples; the second list is empty if nothing is to be evaluated. Raises UsageError."""
+    name = config.dataset.split(":")[0]
+    eval_source = config.eval_dataset or (name if name in ("demo", "gsm8k", "openai/gsm8k") else None)
+    train = make_examples(read_rows(config.dataset, "train"), tokenizer, config, config.dataset, training=True)
+    if len(train) < config.train_batch_size and not config.eval_only:
+        raise UsageError(f"{config.dataset}: {len(train)} prompts, train_batch_size is {config.train_batch_size}")
+    if eval_source is None and config.eval_only:
+        raise UsageError("eval_only needs an eval_dataset")
+    if eval_source is None or not (config.eval_every or config.eval_only):
+        return train, []
+    rows = read_rows(eval_source, "test")[: config.eval_size]
+    return train, make_examples(rows, tokenizer, config, eval_source, training=False)
+
+
+def prompt_order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which examples a step uses: in every epoch a fresh permutation, whose incomplete last batch is left out."""
+    epoch, batch = divmod(step, num_examples // batch_size)
+    order = torch.randperm(num_examples, generator=seeded("cpu", seed, "prompts", epoch)).tolist()
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def score_gsm8k_strict(response: str, answer: str) -> float:
+    """1 if the last "#### NUMBER" of the last 300 characters is the answer, as a string, commas apart (verl's rule)."""
+    found = re.findall(r"#### (-?[0-9.,]+)", response[-300:])
+    return float(bool(found) and found[-1].replace(",", "") == answer)
+
+
+def score_gsm8k_flexible(response: str, answer: str) -> float:
+    """1 if the number after the last "####", else the last number, equals the answer: 1,000 = $1000 = 1000.00."""
+    number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
+    try:
+        return float(bool(found) and float(re.sub("[,$]", "", found[-1])) == float(re.sub("[,$]", "", answer)))
+    except ValueError:  # the answer is not a number, or the response has two minus signs
+        return 0.0
+
+
+def load_reward(spec: str) -> Callable[[list[str], list[str], list[str]], list[float]]:
+    """reward(prompts, responses, answers) -> scores: the GSM8K rule, or the user's FILE.py:function, which is run."""
+    if spec == "gsm8k":
+        return lambda prompts, responses, answers: list(map(score_gsm8k_strict, responses, answers))
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UsageError(f"reward {spec!r} is neither gsm8k nor FILE.py:function with an existing file")
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise UsageError(f"reward {spec!r}: {path} has no function {name!r}")
+    return function
+
+
+def score_responses(reward: Callable, examples: list[Example], texts: list[str]) -> Tensor:
+    """Scores [B]. Raises UsageError naming the row for which the reward returned no finite number."""
+    scores = reward([e.text for e in examples], texts, [e.answer for e in examples])
+    scores = list(scores) if isinstance(scores, Iterable) else [scores]
+    if len(scores) != len(texts):
+        raise UsageError(f"the reward returned {len(scores)} scores for {len(texts)} responses: {str(scores):.60}")
+    for row, score in enumerate(scores):
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            raise UsageError(f"the reward returned {score!r} for row {row}, response {texts[row][:80]!r}")
+    return torch.tensor([float(score) for score in scores])
+
+
+# ---- Models ---------------------------------------------------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear fp32 head."""
+
+    def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
+        super().__init__()
+        self.lm, self.num_tokens, self.pooling, self.value_head = lm, num_tokens, config.value_pooling, None
+        self.own_attention, self.packs, self.engine = lm.config._attn_implementation, True, None
+        AttentionInterface.register("packed", packed_attention)
+        lm.set_attn_implementation("packed")
+        if with_values:
+            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device)
+            noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
+
+    def hidden(self, ids: Tensor, packed: "Packed") -> Tensor:
+        """Last hidden states [N, H] of packed token ids [N]."""
+        if self.packs:
+            inputs = {"input_ids": ids[None], "position_ids": packed.position[None], "use_cache": False}
+            return self.lm.base_model(**inputs, packed=packed).last_hidden_state[0]
+        states, cache = [], packed.cache  # one sequence per pass, with the model's own attention and cache
+        for sequence in ids.split(packed.lengths or 1):
+            past = cache.get("past") if cache is not None and not packed.lengths else None
+            output = self.lm.base_model(sequence[None], past_key_values=past, use_cache=cache is not None)
+            states.append(output.last_hidden_state[0])
+            if cache is not None:
+                cache["past"] = output.past_key_values
+        return torch.cat(states)
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """fp32 logits [..., num_tokens] of the policy that samples."""
+        config = self.lm.config.get_text_config()
+        logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales are Cohere's and Granite's
+        logits = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+        return logits / temperature
+
+
+def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
+    """Where weights are used; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry, once for many passes."""
+    weights = [w for model in filter(None, models) for w in model.parameters() if hasattr(w, "ds_id") and not w.numel()]
+    import deepspeed
+    return deepspeed.zero.GatheredParameters(weights) if weights else nullcontext()
+
+
+class Learner:
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
+
+    def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
+        self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
+        self.weights = self.masters = list(model.parameters())  # masters and sums are DeepSpeed's, and fp32
+        body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
+        groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        self.stage, ds_config = config.zero_stage, deepspeed_config(config, model.lm.dtype)
+        if self.stage == 0 and model.lm.dtype != torch.float32:
+            raise UsageError("zero_stage 0 keeps no fp32 masters of bfloat16 weights: give zero_stage 2 or 3")
+        import deepspeed
+        model.forward = lambda loss: loss  # engine(loss) makes DeepSpeed ready for its backward; the passes are ours
+        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=ds_config)
+        if self.stage == 3:
+            self.optimizer.parameter_offload.destroy()  # whole_weights gathers, not these hooks, layer by layer
+        self.parts = {2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}.get(self.stage)
+        self.parts = getattr(self.optimizer, self.parts) if self.stage else []  # this rank's masters, laid flat
+        for x in self.parts:
+            means = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            self.optimizer.state[x].update(means, step=torch.zeros((), device=x.device))
+        if self.stage == 2:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of loss to what has been collected since the last step."""
+        self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean of the ranks' gradients
+
+    def clip_gradient(self) -> Tensor:
+        """Scales the gradient down to norm grad_clip, and returns the norm it had."""
+        if self.stage:  # ZeRO clips in its step
+            self.optimizer.finalize_gradient_accumulation_boundary()
+            norms = self.optimizer._get_norm_groups() if self.stage == 3 else [self.optimizer.scaled_global_norm()]
+            norms = torch.stack([x.to(self.model.lm.device) for x in norms])
+            return torch.where((norms < 0).any(), torch.nan, norms.norm())  # -1 stands for what is not finite
+        self.engine.buffered_allreduce_fallback()
+        return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
+
+    @torch.no_grad()
+    def step(self, lr_factor: float, grad_norm: float) -> None:
+        """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(master)  # a weight in fp32 is its own master
+        self.skipped_steps += not math.isfinite(grad_norm)
+        self.drop_gradient()
+
+    def drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.stage == 2:
+            zero = self.optimizer
+            zero.averaged_gradients, zero.all_grad_tensors, zero.micro_step_id = {}, {}, -1
+
+    def export(self, folder: Path, tokenizer) -> None:
+        """A plain Hugging Face folder that AutoModelForCausalLM loads."""
+        if RANK:
+            return
+        self.model.lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def get_state(self, i: int) -> dict[str, Tensor]:
+        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
+        if self.stage:  # put together from all ranks
+            weight, step = self.weights[i], self.optimizer.state[self.parts[0]]["step"].clone()
+            get = weight.get_full_hp_param if self.stage == 2 else partial(self.optimizer.get_full_hp_param, weight)
+            state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
+            return {} if RANK else state | {"step": step}
+        return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
+
+    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
+        for x in self.parts:
+            self.optimizer.state[x]["step"].copy_(state.get("step", torch.tensor(0.0)))
+        for key in {"weight", "exp_avg", "exp_avg_sq"} & set(state if self.stage else {}):
+            x, name, weight = state[key], None if key == "weight" else key, self.weights[i]
+            if self.stage == 3:  # every rank has an equal part, with zeros behind the end
+                x, size = x.reshape(weight.ds_shape).flatten(), weight.ds_tensor.numel()
+                x = nn.functional.pad(x, (0, size * WORLD - len(x))).split(size)[RANK]
+                self.optimizer.set_local_hp_param(x, weight, name)
+            else:
+                weight.set_full_hp_param(x, name)
+            if key == "weight":
+                (weight.ds_tensor if self.stage == 3 else weight.data).copy_(x)
+        if self.stage:
+            return
+        master = self.masters[i].data.copy_(state.pop("weight"))
+        self.weights[i].data.copy_(master)
+        self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
+
+    def save(self, path: Path) -> None:
+        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
+        for i in range(len(self.weights)):
+            tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
+        if RANK:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        tensors, states = load_file(path), defaultdict(dict)
+        self.skipped_steps = int(tensors.pop("skipped_steps"))
+        for name, x in tensors.items():
+            index, key = name.split(".")
+            states[int(index)][key] = x
+        for i in range(len(self.weights)):
+            self.set_state(i, states[i])
+
+
+@dataclass
+class Models:
+    actor: Learner
+    critic: Learner | None  # None: critic-free, or a value head on the actor
+    reference: LanguageModel | None  # None: nothing uses it
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_ids: set[int]
+
+
+def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
+    """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    lm = one_rank_first(auto_class.from_pretrained, name, **options)
+    for module in lm.modules():
+        for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
+            if "drop" in key or isinstance(module, nn.Dropout):
+                setattr(module, key, 0.0)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lm.to(device).eval()
+
+
+def build_models(tokenizer, config: Config) -> Models:
+    lm = load_lm(config.model, AutoModelForCausalLM, config)
+    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows too many
+    eos = lm.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
+    reference = critic = None
+    if config.kl_coef and config.reference != "previous" and not config.eval_only:
+        reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
+    if reference and config.zero_stage == 3:
+        import deepspeed
+        deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
+    if config.uses_critic and config.critic == "separate" and not config.eval_only:
+        trunk = load_lm(config.critic_model or config.model, AutoModel, config)
+        critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
+    policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config)
+    return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
+
+
+# ---- Packed passes and the rollout engine ---------------------------------------------------------------------------
+# Sequences are laid end to end in one row of N tokens, so that no layer computes padding. Only attention has to know
+# where they end: `packed_attention`, registered with transformers, serves three kinds of pass, told apart by `Packed`.
+# Training and scoring: causal attention within each sequence. Prefill: the same, and keys and values are written to the
+# KV slots of the prompts. Decode: one token for each slot, which attends to what its slot holds. Every slot has a write
+# position of its own: a response that has ended makes room for the next prompt while the others go on, and when no
+# prompt is left, the slots still at work move to the front. The host looks at the slots every CHECK_EVERY tokens only.
+# On CUDA a decode step is a graph, captured once for each number of slots and replayed for the rest of the run, as the
+# optimizer changes the weights in place. `check_passes` compares all of it with a plain pass of the model at the start;
+# a model that it does not fit gets one sequence per pass and its own attention: slow, and said.
+
+
+@dataclass
+class Packed:
+    """Where each of the N tokens of a pass belongs."""
+
+    row: Tensor  # [N] its sequence
+    position: Tensor  # [N] in that sequence
+    lengths: list[int]  # tokens of each sequence; empty in decode
+    place: Tensor | None = None  # [N] row * longest + position: where pad() puts it
+    starts: Tensor | None = None  # [sequences + 1] where each begins, and N; int32
+    cache: dict | None = None  # layer -> keys and values [slots, capacity, heads, D]
+    slot: Tensor | None = None  # [N] KV slot
+    room: tuple[int, int] = (0, 0)  # slots, capacity
+    reach: int = 0  # decode on the CPU: no slot holds more tokens
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [sequences, longest, ...], 0 behind the end of a sequence."""
+        shape = len(self.lengths), max(self.lengths), *x.shape[1:]
+        if len(x) == shape[0] * shape[1]:
+            return x.view(shape)
+        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.place, x).view(shape)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1).index_select(0, self.place)  # on the CPU its gradient is far cheaper than indexing's
+
+
+def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
+    """Token ids [N] of the sequences, end to end, and where they belong."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(len(lengths)).repeat_interleave(lengths)
+    position = torch.arange(len(row)) - starts[row]
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    everything = ids, row, position, row * max(map(len, sequences)) + position, starts.int()
+    ids, row, position, place, starts = (x.to(device, non_blocking=True) for x in everything)
+    return ids, Packed(row, position, lengths.tolist(), place, starts)
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
+    sliding_window: int | None = None, packed: Packed | None = None, **others
+) -> tuple[Tensor, None]:
+    """Attention as transformers' AttentionInterface has it: query [1, heads, N, D] -> [1, N, heads, D].
+
+    Raises NotImplementedError for soft-capping, sinks and position biases, which it does not know.
+    """
+    if packed is None or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError(f"packed attention does not fit {type(module).__name__}")
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if packed.cache is not None:
+        if module.layer_idx not in packed.cache:
+            packed.cache[module.layer_idx] = [x.new_zeros(*packed.room, *x.shape[1:]) for x in (key, value)]
+        keys, values = packed.cache[module.layer_idx]
+        keys[packed.slot, packed.position], values[packed.slot, packed.position] = key, value
+    if not packed.lengths:
+        return attend_to_slots(query, keys, values, packed, scaling, sliding_window)[None], None
+    longest, window = max(packed.lengths), sliding_window
+    if has_flash(query):
+        return flash_attention(query, key, value, packed.starts, packed.starts, max_q=longest, max_k=longest,
+                               scale=scaling, window_size=(window - 1 if window else -1, 0))[None], None
+    mask, grouped = None, query.shape[1] != key.shape[1]
+    if window and longest > window:
+        mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    query, key, value = (packed.pad(x).transpose(1, 2) for x in (query, key, value))  # causal: padding needs no mask
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+    return packed.unpad(out.transpose(1, 2))[None], None
+
+
+def has_flash(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, **options) -> Tensor:
+    """torch's flash kernel for packed half-precision tensors on CUDA, [N, heads, D]; torch 2.11 to 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # earlier versions take grouped heads unasked
+        options["enable_gqa"] = True
+    return varlen_attn(query, key, value, starts, key_starts, **options)
+
+
+def attend_to_slots(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float, window: int) -> Tensor:
+    """One query for each of the first slots, [rows, heads, D], against all that its slot holds."""
+    rows, capacity = len(query), packed.room[1]
+    if has_flash(query):
+        starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+        keys, values = keys[:rows].flatten(0, 1), values[:rows].flatten(0, 1)
+        return flash_attention(query, keys, values, starts, starts * capacity, max_q=1, max_k=capacity, scale=scale,
+                               window_size=(window - 1, 0) if window else (-1, -1), seqused_k=packed.position.int() + 1)
+    places, last = torch.arange(packed.reach, device=query.device), packed.position[:, None]
+    seen = (places <= last) & (places > last - (window or capacity))
+    grouped = query.view(rows, keys.shape[2], -1, query.shape[-1])  # heads that share a key: a query of that length
+    keys, values = (x[:rows, : packed.reach].transpose(1, 2) for x in (keys, values))
+    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, seen[:, None, None], scale=scale)
+    return out.reshape(query.shape)
+
+
+def capture(step: Callable, pool) -> Callable:
+    """A CUDA graph of a function without arguments, as a function that replays it."""
+    for _ in range(2):  # kernels are chosen and loaded before the capture
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
+
+
+class Engine:
+    """KV slots and the responses that grow in them. An idle slot is `done`: it does not move on; nobody reads it."""
+
+    def __init__(self, model, room: tuple[int, int], stop_ids: list[int], limit: int, temperature, top_k, top_p):
+        device, slots = model.lm.device, room[0]
+        self.key = room, stop_ids, limit, temperature, top_k, top_p
+        self.model, self.room, self.limit, self.temperature = model, room, limit, temperature
+        self.warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
+        self.slot, self.stop = torch.arange(slots, device=device), torch.tensor(stop_ids, device=device)
+        self.token, self.position, self.count = (torch.zeros_like(self.slot) for _ in range(3))
+        self.done = torch.ones_like(self.slot, dtype=torch.bool)
+        self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
+        self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
+        self.cache, self.replays, self.greedy = {}, {}, False
+        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # which moves
+            self.capture()
+
+    def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
+        """Reads prompts into idle slots and chooses the first token of each response."""
+        slot, (ids, packed) = torch.tensor(slots, device=self.slot.device), pack(prompts, self.slot.device)
+        packed.cache, packed.room, packed.slot = self.cache, self.room, slot[packed.row]
+        self.position[slot], self.count[slot], self.done[slot] = packed.starts.diff().long(), 0, False
+        self.greedy = noise is None
+        if noise is not None:
+            self.noise[slot, : self.limit] = noise
+        self.choose(self.model.hidden(ids, packed)[packed.starts[1:] - 1], slot)
+
+    def step(self, rows: int, reach: int) -> None:
+        """One more token for each of the first `rows` slots that is not done; nothing waits for the device."""
+        slot = self.slot[:rows]
+        packed = Packed(slot, self.position[:rows], [], cache=self.cache, slot=slot, room=self.room, reach=reach)
+        hidden = self.model.hidden(self.token[:rows], packed)
+        self.position[:rows] += ~self.done[:rows]
+        self.choose(hidden, slot)
+
+    def choose(self, hidden: Tensor, slot: Tensor) -> None:
+        """Takes the next token of each slot, the likeliest or where its noise falls in the cumulated distribution."""
+        logits = self.model.logits(hidden, self.temperature)
+        logprobs, allowed, count = logits.log_softmax(-1), logits, self.count[slot]
+        for warper in self.warpers:
+            allowed = warper(None, allowed)
+        if self.greedy:
+            token = allowed.argmax(-1)
+        else:
+            cumulated = (allowed.softmax(-1) if self.warpers else logprobs.exp()).cumsum(-1)
+            point = self.noise[slot, count] * cumulated[:, -1]
+            token = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0]
+        self.tokens[slot, count], self.token[slot] = token, token
+        self.logprobs[slot, count] = logprobs.gather(1, token[:, None])[:, 0]
+        self.count[slot] += ~self.done[slot]
+        self.done[slot] |= (token[:, None] == self.stop).any(1) | (self.count[slot] == self.limit)
+
+    def rows_for(self, slots: int) -> int:
+        """How many slots a step computes: as many as are asked for, or as the next larger graph has."""
+        return min((rows for rows, _ in self.replays if rows >= slots), default=slots)
+
+    def run(self, slots: int, reach: int, steps: int) -> None:
+        """Some steps of the first `slots`."""
+        rows = self.rows_for(slots)
+        step = self.replays.get((rows, self.greedy), partial(self.step, rows, reach))
+        for _ in range(steps):
+            step()
+
+    def move_to_front(self, slots: list[int]) -> None:
+        """These slots become the first ones; in place, because graphs know the addresses."""
+        pairs = [x for pair in self.cache.values() for x in pair]
+        for x in (self.token, self.position, self.count, self.done, self.tokens, self.logprobs, self.noise, *pairs):
+            x[: len(slots)] = x[slots]
+        self.done[len(slots) :] = True
+
+    def capture(self) -> None:
+        """A graph of a step for each halving of the slots, the largest first in one pool; all slots are idle yet."""
+        pool, (slots, capacity) = torch.cuda.graph_pool_handle(), self.room
+        for rows in (slots >> i for i in range(slots.bit_length())):
+            for self.greedy in (False, True):
+                self.replays[rows, self.greedy] = capture(partial(self.step, rows, capacity), pool)
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
+
+    Each token has a random number of its own, drawn beforehand: slots and their order do not change what is sampled.
+    Only our flags shape the sampling, not the model's generation_config.
+    """
+    device, results, on_cuda = model.lm.device, [None] * len(prompts), model.lm.device.type == "cuda"
+    longest = max(c.max_prompt_length if on_cuda else 1, *map(len, prompts))  # the graphs are made for one capacity
+    capacity = math.ceil((longest + c.max_response_length) / 64) * 64
+    slots = min(c.rollout_slots, c.rollout_slots if on_cuda else len(prompts)) if model.packs else 1
+    key = (slots, capacity), sorted(stop_ids), c.max_response_length, c.temperature, c.top_k, c.top_p
+    if model.engine is None or model.engine.key != key:
+        model.engine = Engine(model, *key)
+    engine = model.engine
+    noise = None if generator is None else torch.rand(
+        WORLD, len(prompts), c.max_response_length, generator=generator, device=device)[RANK]  # a prompt's, on any rank
+    queue, owner = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * slots
+    while True:
+        done, counts = engine.done.tolist(), engine.count.tolist()
+        finished = [slot for slot, i in enumerate(owner) if i is not None and done[slot]]
+        for slot, tokens in zip(finished, engine.tokens[finished].tolist(), strict=True):
+            results[owner[slot]] = tokens[: counts[slot]], engine.logprobs[slot, : counts[slot]].clone()
+            owner[slot] = None
+        free, live = ([slot for slot, i in enumerate(owner) if (i is None) == idle] for idle in (True, False))
+        if queue and free:
+            fresh, budget = [], c.micro_batch_tokens
+            while queue and len(fresh) < len(free) and (not fresh or len(prompts[queue[-1]]) <= budget):
+                fresh.append(queue.pop())
+                owner[free[len(fresh) - 1]] = fresh[-1]
+                budget -= len(prompts[fresh[-1]])
+            engine.prefill(free[: len(fresh)], [prompts[i] for i in fresh], None if noise is None else noise[fresh])
+            continue
+        if not live:
+            return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
+        steps = min(CHECK_EVERY, c.max_response_length - min(counts[slot] for slot in live))
+        reach = max(len(prompts[owner[slot]]) + counts[slot] for slot in live) + steps
+        if engine.rows_for(len(live)) < engine.rows_for(len(owner)):
+            engine.move_to_front(live)
+            owner = [owner[slot] for slot in live]
+        engine.run(len(owner), min(capacity, math.ceil(reach / 64) * 64), steps)
+
+
+# ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
+
+
+def sum_over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+    """All statistics go through it, so that all ranks of ppo_llm_multigpu.py take the same branch."""
+    total = x.detach().clone().to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(total, operation)
+    return total.to(x.device)
+
+
+def max_over_ranks(x: float) -> float:
+    return sum_over_ranks(torch.tensor(float(x)), dist.ReduceOp.MAX).item()
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x where mask is 1, over all ranks; 0 if the mask is empty. A statistic: it carries no gradient."""
+    x = x.detach().masked_fill(mask == 0, 0.0)
+    total, count = sum_over_ranks(torch.stack([x.sum(), mask.sum()]))
+    return total / count.clamp(min=1)
+
+
+def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    """(x - mean) / sqrt(unbiased variance + 1e-8) over the mask, 0 outside; shift_mean=False keeps the mean."""
+    mean, count = masked_mean(x, mask), sum_over_ranks(mask.sum())
+    variance = masked_mean((x - mean).square(), mask) * count / (count - 1).clamp(min=1)
+    white = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (white if shift_mean else white + mean).masked_fill(mask == 0, 0.0)
+
+
+def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
+    """Estimate of KL(policy, reference) at each sampled token (joschu.net/blog/kl-approx.html).
+
+    k1 = x = log(policy/reference) is unbiased, abs = |x|, k2 = x^2/2, k3 = exp(-x) - 1 + x is unbiased and at least 0.
+    A trailing + keeps the value and takes the gradient of k2: in expectation that of KL(policy, reference).
+    """
+    if kind.endswith("+"):
+        surrogate = estimate_kl(logprobs, ref_logprobs, "k2")
+        return estimate_kl(logprobs, ref_logprobs, kind[:-1]).detach() + surrogate - surrogate.detach()
+    x, kind = logprobs - ref_logprobs, KL_ALIASES.get(kind, kind)
+    if kind == "k3":
+        y = (-x).clamp(-20, 20)
+        return (torch.expm1(y) - y).clamp(-10, 10)
+    return {"k1": x, "abs": x.abs(), "k2": 0.5 * x.square()}[kind]
+
+
+def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL(policy, reference) at each position, summed over the vocabulary: logits [N, V] -> [N]."""
+    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+@dataclass
+class AdaptiveKLController:
+    """Steers the KL coefficient towards a target (arXiv:1909.08593, section 2.2); target None keeps it fixed."""
+
+    coef: float
+    target: float | None
+    horizon: int
+
+    def update(self, kl: float, num_responses: int) -> None:
+        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_responses / horizon, after the step that used coef."""
+        if self.target is not None:
+            self.coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * num_responses / self.horizon
+
+
+def compute_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, discount: float = 0.0) -> Tensor:
+    """Rewards [B, T]: the scores [B] spread over the tokens, minus kl_coef * kl [B, T].
+
+    Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last one, 1 spreads evenly.
+    """
+    tokens_after = (mask.long().flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
+    weights = torch.full_like(mask, discount).pow(tokens_after) * mask
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-8)
+    return (weights * scores[:, None] - kl_coef * kl).masked_fill(mask == 0, 0.0)
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [B, T], un-whitened; lam: number or [B].
+
+    Masked tokens are transparent, as in verl: V and the sum pass over them without decay. V = 0 after the last token.
+    """
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    advantages = torch.zeros_like(values)
+    for t in reversed(range(values.shape[1])):
+        valid = mask[:, t] > 0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(valid, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(valid, values[:, t], next_value)
+        advantages[:, t] = next_advantage
+    return advantages.masked_fill(mask == 0, 0.0), (advantages + values).masked_fill(mask == 0, 0.0)
+
+
+def compute_group_advantages(scores: Tensor, group_size: int, estimator: str, by_std: bool = True) -> Tensor:
+    """Advantages [B] of responses against the others to the same prompt, whose rows are adjacent."""
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(1, keepdim=True)
+    if estimator == "grpo" and by_std:  # arXiv:2402.03300; without the division: Dr. GRPO, arXiv:2503.20783
+        centred = centred / (groups.std(1, keepdim=True) + 1e-6)
+    if estimator in ("rloo", "rloo_vectorized"):  # = score - mean of the others (arXiv:2402.14740)
+        centred = centred * group_size / (group_size - 1)
+    return centred.view(-1)
+
+
+def compute_advantages(rewards: Tensor, values: Tensor | None, mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Advantages, whitened over the rollout where the estimator or whiten_advantages says so, and returns; [B, T]."""
+    estimator, gamma, lam, whiten = config.adv_estimator, config.gamma, config.lam, config.whiten_advantages
+    if estimator == "gae":
+        lam_critic = lam if config.lam_critic is None else config.lam_critic
+        if config.length_adaptive_alpha is not None:  # VAPO (arXiv:2504.05118): lambda = 1 - 1 / (alpha * length)
+            lam = (1 - 1 / (config.length_adaptive_alpha * mask.sum(1)).clamp(min=1)).clamp(0, 1)
+        advantages, _ = compute_gae(rewards, values, mask, gamma, lam)
+        _, returns = compute_gae(rewards, values, mask, gamma, lam_critic)
+    elif estimator == "reinforce_plus_plus":  # arXiv:2501.03262: reward to go, no baseline
+        advantages, returns = compute_gae(rewards, torch.zeros_like(mask), mask, gamma, 1.0)
+    else:
+        scores = compute_group_advantages(rewards.sum(1), config.rollout_n, estimator, config.norm_adv_by_std)
+        advantages = returns = scores[:, None] * mask
+    if whiten is None:
+        whiten = estimator in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+    return (masked_whiten(advantages, mask) if whiten else advantages), returns
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, clip_c: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise: loss, ratio, was clipped, was clipped by clip_c.
+
+    clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most -advantage * clip_c.
+    """
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss, is_clipped, is_bounded = torch.maximum(unclipped, clipped), clipped > unclipped, torch.zeros_like(ratio)
+    if clip_c is not None:
+        bound = -advantages * clip_c
+        is_bounded = (advantages < 0) & (loss > bound)
+        loss = torch.where(is_bounded, bound, loss)
+    return loss, ratio.detach(), is_clipped.float(), is_bounded.float()
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float | None
+) -> tuple[Tensor, Tensor]:
+    """Half the squared error, elementwise, of values or of values within cliprange of old_values, whichever is worse.
+
+    Also returns where the clipped one was worse (as in OpenAI's baselines, ppo2).
+    """
+    loss, is_clipped = (values - returns).square(), torch.zeros_like(values)
+    if cliprange is not None:
+        clipped = (values.clamp(old_values - cliprange, old_values + cliprange) - returns).square()
+        loss, is_clipped = torch.maximum(loss, clipped), (clipped > loss).float()
+    return 0.5 * loss, is_clipped
+
+
+def loss_weights(mask: Tensor, mode: str, scale: float) -> Tensor:
+    """Weights [B, T] of a mini-batch: its loss is (token_loss * weights).sum() over all micro-batches and ranks.
+
+    The two mean modes sum to 1; seq-mean-token-sum is mask / responses, seq-mean-token-sum-norm mask / scale.
+    """
+    lengths = mask.sum(1, keepdim=True)
+    tokens, responses = sum_over_ranks(torch.stack([mask.sum(), (lengths > 0).float().sum()])).clamp(min=1)
+    return mask / {"token-mean": tokens, "seq-mean-token-sum": responses, "seq-mean-token-sum-norm": scale,
+                   "seq-mean-token-mean": lengths.clamp(min=1) * responses}[mode]
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant; NaN where all returns agree."""
+    error_variance, variance = (
+        masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
+    rounding = 1e-10 * masked_mean(returns.square(), mask)  # a mean of equal numbers is not always that number
+    return torch.where(variance > rounding, 1 - error_variance / variance, torch.nan)
+
+
+def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int, schedule: str) -> float:
+    """Learning rate over its base value. progress counts steps, with the part of the step's updates already made."""
+    if progress < warmup:
+        return min(1.0, (progress + 1 / per_step) / warmup)
+    left = 1 - (progress - warmup) / max(total - warmup, 1e-8)
+    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+
+
+# ---- Rollout --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollout:
+    """What one step collects. Tensors are [B, T], 0 outside the mask."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]  # up to and including the stop token
+    mask: Tensor  # 1.0 on response tokens
+    old_logprobs: Tensor  # of the policy that sampled
+    ref_logprobs: Tensor | None = None  # of the reference policy
+    old_values: Tensor | None = None  # of the critic before the update
+    kl: Tensor | None = None  # estimate of KL(policy, reference); 0 where no KL is in use
+    rewards: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+    ratio: Tensor | None = None  # new/old at the token's last visit in the update
+    clipped: Tensor | None = None  # 1 where it was clipped there
+    stopped: Tensor | None = None  # [B] True where the response ends with a stop token
+    scores: Tensor | None = None  # [B] what the reward gave
+    examples: list[Example] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)  # the responses, decoded
+
+    def take(self, rows: list[int]) -> "Rollout":
+        """Prompts, responses and [B, T] tensors of these rows, cut to their longest response."""
+        width = max(len(self.responses[i]) for i in rows)
+        tensors = {name: x[rows, :width] for name, x in vars(self).items() if isinstance(x, Tensor) and x.dim() == 2}
+        return Rollout([self.prompts[i] for i in rows], [self.responses[i] for i in rows], **tensors)
+
+
+def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[Tensor]:
+    """function(*slices) over slices of tokens, recomputed in backward: [tokens, vocabulary] never exists whole."""
+    parts = list(zip(*(x.split(max(1, LOGITS_PER_CHUNK // vocabulary)) for x in tensors), strict=True))
+    if torch.is_grad_enabled() and len(parts) > 1:
+        function = partial(checkpoint, function, use_reentrant=False)
+    return [torch.cat(pieces) for pieces in zip(*(function(*part) for part in parts), strict=True)]
+
+
+def forward(
+    model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None, token_head=True
+) -> list:
+    """[log-probs, entropy, values, full_kl to the reference] of response tokens, [B, T]; None without that head."""
+    ids, packed = pack([p + r for p, r in zip(part.prompts, part.responses, strict=True)], part.mask.device)
+    targets, tokens = pack(part.responses, part.mask.device)
+    first = torch.tensor([len(prompt) - 1 for prompt in part.prompts], device=part.mask.device)
+    chosen = (packed.starts[:-1] + first)[tokens.row] + tokens.position  # the state in which each token is chosen
+    hidden, values = model.hidden(ids, packed), None
+    if model.value_head is not None:
+        read = hidden.float()
+        if model.pooling == "mean":  # the value head reads the mean of all states so far
+            read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
+        values = tokens.pad(model.value_head(read[chosen]).squeeze(-1))
+    if not token_head or model.lm.get_output_embeddings() is None:  # the separate critic has none
+        return [None, None, values, None]
+    with torch.no_grad():
+        ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(chosen), 0)
+
+    def head(states: Tensor, ref_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logp = model.logits(states, temperature).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        kl = full_kl(logp, reference.logits(ref_states, temperature)) if reference else torch.zeros_like(entropy)
+        return logp.gather(1, targets[:, None])[:, 0], entropy, kl
+
+    outputs = over_chunks(head, model.num_tokens, hidden[chosen], ref_states, targets)
+    logprobs, entropy, kl = map(tokens.pad, outputs)
+    return [logprobs, entropy, values, kl if reference else None]
+
+
+def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
+    """Rows within micro_batch_tokens and ppo_micro_batch_size: longest first, each into the first group with room."""
+    groups: list[tuple[list[int], list[int]]] = []  # rows, their lengths
+    for length, i in sorted((-len(rollout.prompts[i] + rollout.responses[i]), i) for i in rows):
+        for group, lengths in groups:
+            if sum(lengths) - length <= c.micro_batch_tokens and len(group) != c.ppo_micro_batch_size:
+                break
+        else:
+            group, lengths = [], []
+            groups.append((group, lengths))
+        group.append(i)
+        lengths.append(-length)
+    for group, _ in groups:
+        yield group, rollout.take(group)
+
+
+@torch.no_grad()
+def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
+    """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
+    results: list[Tensor | None] = [None] * 4
+    with whole_weights(model, reference):
+        outputs = [(rows, forward(model, part, c.temperature, reference, token_head))
+                   for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c)]
+    for rows, heads in outputs:
+        for head, x in enumerate(heads):
+            if x is not None:
+                results[head] = torch.zeros_like(rollout.mask) if results[head] is None else results[head]
+                results[head][rows, : x.shape[1]] = x
+    return results
+
+
+def shape_scores(scores: Tensor, lengths: Tensor, stopped: Tensor, config: Config) -> Tensor:
+    """Scores [B] after clipping, the rule for a missing stop token, and DAPO's overlong penalty (arXiv:2503.14476)."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.missing_eos_penalty is not None:
+        p = config.missing_eos_penalty
+        cut = {"subtract": scores - p, "replace": torch.full_like(scores, -p), "scale": scores * p}
+        scores = torch.where(stopped, scores, cut[config.missing_eos_mode])
+    if config.overlong_buffer:
+        excess = lengths - (config.max_response_length - config.overlong_buffer)
+        scores = scores - excess.clamp(min=0) / config.overlong_buffer
+    return scores
+
+
+def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
+    """Fills in ref_logprobs and kl, for the estimator in use."""
+    rollout.ref_logprobs = rollout.old_logprobs  # reference previous
+    if models.reference is not None:
+        rollout.ref_logprobs = score_tokens(models.reference, rollout, config)[LOGPROBS]
+    if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
+        w = torch.tensor(config.reference_mix, device=rollout.mask.device)
+        mixed = torch.logaddexp(rollout.ref_logprobs + (1 - w).log(), rollout.old_logprobs + w.log())
+        rollout.ref_logprobs = mixed.masked_fill(rollout.mask == 0, 0.0)
+    if config.kl_kind == "full":
+        rollout.kl = score_tokens(models.actor.model, rollout, config, models.reference)[FULL_KL]
+    else:
+        rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
+
+
+def respond(models: Models, examples: list[Example], config: Config, generator: torch.Generator | None) -> Rollout:
+    """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
+    policy, prompts = models.actor.model, [e.prompt for e in examples]
+    with whole_weights(policy):
+        responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
+    mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
+    stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
+    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    logprobs = pad_sequence(logprobs, batch_first=True)
+    return Rollout(prompts, responses, mask, logprobs, stopped=stopped, examples=examples, texts=texts)
+
+
+@torch.no_grad()
+def collect_rollout(
+    models: Models, reward: Callable, examples: list[Example], step: int, kl_coef: float, config: Config
+) -> tuple[Rollout, dict]:
+    """Samples and scores responses, and turns the scores into advantages. Returns the rollout and its metrics."""
+    clock, policy = time.perf_counter(), models.actor.model
+    rollout = respond(models, examples, config, seeded(policy.lm.device, config.seed, "sampling", step))
+    metrics = {"time/rollout": time.perf_counter() - clock}
+    mask, sampled = rollout.mask, rollout.old_logprobs
+    lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
+    rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
+    rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
+    rounded = policy.lm.dtype != torch.float32 and not config.on_policy
+    if rounded or policy.value_head is not None:
+        logprobs, _, rollout.old_values, _ = score_tokens(policy, rollout, config, token_head=rounded)
+    if models.critic:
+        rollout.old_values = score_tokens(models.critic.model, rollout, config)[VALUES]
+    if rounded:  # bf16 rounds by batch shape: take the update's kind of pass
+        rollout.old_logprobs = logprobs
+        metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
+    if config.kl_coef:
+        measure_kl(models, rollout, config)
+        metrics |= {"reward/kl": masked_mean(rollout.kl.sum(1) / lengths, everyone), "reward/kl_coef": kl_coef,
+                    "reward/kl_sequence": masked_mean(rollout.kl.sum(1), everyone)}
+    discount = {"terminal": 0.0, "uniform": 1.0, "discounted": config.attribution_discount}[config.reward_attribution]
+    scores = shape_scores(rollout.scores, lengths, rollout.stopped, config)
+    rollout.rewards = compute_rewards(scores, rollout.kl, mask, kl_coef if config.kl_in_reward else 0.0, discount)
+    if config.whiten_rewards:
+        rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
+    rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
+    if config.uses_critic:
+        metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
+    metrics |= {"reward/score": masked_mean(rollout.scores, everyone),
+                "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
+                "rollout/response_length": masked_mean(lengths, everyone)}
+    return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
+
+
+@torch.no_grad()
+def distance_from_plain(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> float:
+    """How far a policy's probabilities, in sampling and in packed passes, are from those of plain passes, at most.
+
+    For a critic: the relative distance of its hidden states.
+    """
+    lm, c = model.lm, replace(c, max_response_length=8, temperature=1.0)
+    attention, policy, responses = lm.config._attn_implementation, lm.get_output_embeddings() is not None, prompts
+    if policy:
+        responses, sampled = generate(model, prompts, stop_ids, c, seeded(lm.device, "check"))
+    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
+    ids, packed = pack(sequences, lm.device)
+    states = model.hidden(ids, packed)
+    lm.set_attn_implementation(model.own_attention)
+    plain = torch.cat([lm(torch.tensor([x], device=lm.device))[0][0].float() for x in sequences])  # logits, or states
+    lm.set_attn_implementation(attention)
+    if not policy:
+        return ((states - plain).norm() / plain.norm()).item()
+    plain = plain[:, : model.num_tokens].softmax(-1)
+    gap = (model.logits(states, 1.0).softmax(-1) - plain).abs().max()
+    for start, prompt, logprobs in zip(packed.starts.tolist(), prompts, sampled, strict=False):
+        first = start + len(prompt)
+        expected = plain[torch.arange(first - 1, first - 1 + len(logprobs)), ids[first : first + len(logprobs)]]
+        gap = torch.maximum(gap, (logprobs.exp() - expected).abs().max())
+    return gap.item()
+
+
+def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> None:
+    """Makes sure that sampling and packed passes give what plain passes give; else sequences go one by one from now on.
+
+    Raises UsageError if that is not enough.
+    """
+    name, tolerance = type(model.lm).__name__, 1e-4 if model.lm.dtype == torch.float32 else 5e-2
+    for packs, attention in ((True, "packed"), (False, model.own_attention)):
+        model.lm.set_attn_implementation(attention)
+        model.packs, model.engine = packs, None
+        try:
+            found = distance_from_plain(model, prompts, stop_ids, c)
+            if found <= tolerance:
+                return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
+        except Exception as error:  # an unknown architecture may raise anything; the second way decides
+            found = repr(error)
+    raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
+
+
+# ---- Update ---------------------------------------------------------------------------------------------------------
+
+
+def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
+    """The loss of a micro-batch, a sum over its tokens, and what to log of each token."""
+    uses_kl, old_logprobs = c.use_kl_loss and c.kl_coef > 0, part.old_logprobs
+    reference = models.reference if uses_kl and c.kl_kind == "full" else None
+    logprobs, entropy, values, kl = forward(models.actor.model, part, c.temperature, reference)
+    if c.on_policy and models.actor.model.lm.dtype != torch.float32:
+        old_logprobs = logprobs.detach()  # as exact as a pass of its own, which collect_rollout has saved
+    low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
+    high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
+    loss, ratio, clipped, bounded = clipped_policy_loss(
+        logprobs, old_logprobs, part.advantages, low, high, c.clip_ratio_c)
+    logged = {"policy/loss": loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
+              "policy/approx_kl": estimate_kl(old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
+    loss = loss - c.entropy_coeff * entropy
+    if uses_kl:
+        loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
+    if values is not None:  # the critic is shared: one joint loss
+        value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+        loss = loss + c.vf_coef * value_loss
+        logged |= {"value/loss": value_loss, "value/clipfrac": value_clipped}
+    return (loss * weights).sum(), logged
+
+
+def critic_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
+    """The same for the separate critic, which no KL concerns."""
+    values = forward(models.critic.model, part, c.temperature)[VALUES]
+    loss, clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+    return (loss * weights).sum(), {"value/loss": loss, "value/clipfrac": clipped}
+
+
+def train_mini_batch(
+    role: str, models: Models, rollout: Rollout, batch: list[int], lr_factor: float, kl_coef: float, c: Config
+) -> dict:
+    """One optimizer step on the summed gradients of the micro-batches; none if approx_kl passes early_stop_kl.
+
+    Returns the sums over tokens of what the loss logs (weighted for `.../loss`), and tokens, stopped, grad_norm.
+    """
+    learner, loss_of = (models.actor, actor_loss) if role == "actor" else (models.critic, critic_loss)
+    weights, sums = torch.zeros_like(rollout.mask), defaultdict(float)
+    weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
+    with whole_weights(learner.model, models.reference if role == "actor" and c.kl_kind == "full" else None):
+        for rows, part in in_step(micro_batches(batch, rollout, c), rollout):
+            width = part.mask.shape[1]
+            loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
+            learner.backward(loss)
+            if role == "actor":
+                rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
+                rollout.clipped[rows, :width] = logged["policy/clipfrac"]
+            for name, x in logged.items():
+                sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
+    sums["tokens"] = rollout.mask[batch].sum()
+    totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
+    result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
+    stop_kl = math.inf if c.early_stop_kl is None else c.early_stop_kl
+    result["stopped"] = result.get("policy/approx_kl", 0.0) > stop_kl * result["tokens"]
+    if result["stopped"]:
+        learner.drop_gradient()
+        return result | {"grad_norm": math.nan}
+    learner.step(lr_factor, result["grad_norm"])
+    return result
+
+
+def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
+    """The epochs of the "actor" (with the value loss, when the critic is shared) or of the separate "critic": metrics.
+
+    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the epochs
+    of the critic end when its loss there stops falling.
+    """
+    clock, actor = time.perf_counter(), role == "actor"
+    learner = models.actor if actor else models.critic
+    epochs = c.ppo_epochs if actor else c.critic_ppo_epochs or c.ppo_epochs
+    size = c.ppo_mini_batch_size if actor else c.critic_ppo_mini_batch_size or c.ppo_mini_batch_size
+    delay = c.critic_warmup if actor else 0  # the actor's schedule starts when it does
+    held_out = [] if actor or not c.critic_early_stop else list(range(0, c.rollout_size, 10))
+    rows = sorted(set(range(c.rollout_size)) - set(held_out))
+    updates, history, losses = epochs * math.ceil(len(rows) / size), [], [math.inf]
+    learner.model.train()  # dropout is 0; transformers checkpoints activations in this mode only
+    for epoch in range(epochs):
+        order = torch.randperm(len(rows), generator=seeded("cpu", c.seed, "shuffle", step, epoch)).tolist()
+        for start in range(0, len(rows), size):
+            progress = step - delay + len(history) / updates
+            lr_factor = learning_rate_factor(progress, updates, total - delay, c.warmup_steps, c.lr_schedule)
+            batch = own_rows([rows[i] for i in order[start : start + size]], c)
+            history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, c))
+            if actor and len(history) == 1:
+                gaps = ((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs()
+                first = 1 + max_over_ranks(gaps.max() if batch else 0)
+            if history[-1]["stopped"]:
+                break
+        if held_out:
+            part = rollout.take(own_rows(held_out, c))
+            values = score_tokens(learner.model, part, c)[VALUES]
+            loss, _ = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+            losses.append(masked_mean(loss, part.mask).item())
+        if history[-1]["stopped"] or (held_out and losses[-1] >= losses[-2]):
+            break
+    learner.model.eval()
+    tokens, names = sum(h["tokens"] for h in history), [name for name in history[0] if "/" in name]
+    metrics = {n: sum(h[n] for h in history) / (len(history) if n.endswith("/loss") else tokens) for n in names}
+    metrics |= {"policy/ratio_first": first} if actor else {}
+    metrics["optim/skipped_steps"] = sum(x.skipped_steps for x in (models.actor, models.critic) if x)
+    prefix = "optim/" if actor else "optim/critic_"
+    return metrics | {f"{prefix}lr": lr_factor * learner.base_lr, f"{prefix}grad_norm": history[0]["grad_norm"],
+                      f"time/update_{role}": time.perf_counter() - clock}
+
+
+# ---- Evaluation, logs, checkpoints ----------------------------------------------------------------------------------
+
+
+def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
+    """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
+    rollout = respond(models, examples, config, generator=None)
+    rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
+    columns, metrics = {"score": scores}, {}
+    if config.reward == "gsm8k":
+        flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
+        columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
+    for name, x in columns.items():
+        count, total, squares = sum_over_ranks(torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])).tolist()
+        variance = max(0.0, squares / count - (total / count) ** 2) * count / max(count - 1, 1)
+        metrics[f"eval/{name}"] = total / count
+        metrics["eval/standard_error" + name.partition("_")[1] + name.partition("_")[2]] = math.sqrt(variance / count)
+    return metrics, describe(rollout, "eval", models, config)
+
+
+def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dict]:
+    """The first print_samples responses as samples.jsonl has them, with one number per token for all that is known."""
+    columns = {"logprob": r.old_logprobs, "ref_logprob": r.ref_logprobs, "kl": r.kl, "reward": r.rewards,
+               "value": r.old_values, "advantage": r.advantages, "return": r.returns, "ratio": r.ratio,
+               "clipped": r.clipped}
+    return [{
+        "split": split, "prompt": r.examples[i].text, "response": r.texts[i], "score": r.scores[i].item(),
+        "stop_reason": "stop" if r.stopped[i] else "length", "truncated": not r.stopped[i].item(),
+        "token": models.tokenizer.convert_ids_to_tokens(ids),
+        **{name: None if x is None else x[i, : len(ids)].tolist() for name, x in columns.items()},
+    } for i, ids in enumerate(r.responses[: config.print_samples])]
+
+
+METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible eval/standard_error_flexible
+    reward/score reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower
+    policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac value/explained_variance
+    rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
+    optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
+    time/tokens_per_second""".split()
+CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
+    value/explained_variance rollout/response_length""".split()
+
+
+def check_health(metrics: dict, step: int, said: set[str]) -> None:
+    """Says once, with its likely cause, what the numbers of a step show to be wrong."""
+    m = defaultdict(lambda: math.nan, metrics)  # comparisons with NaN are false: what is not measured is not wrong
+    tolerance = 2e-2 if "rollout/logprob_gap" in metrics else 1e-4  # bf16; fp32 rounds logits at 1e-7 of their size
+    for wrong, sentence in (
+        (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
+        (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
+        (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
+        (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
+        (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
+        (m["policy/clipfrac"] > 0.3, "over 30 % of the tokens are clipped: lower lr or ppo_epochs"),
+        (m["value/explained_variance"] < -1 and m["value/loss"] > 0.1, "the critic is far worse than a constant"),
+    ):
+        if wrong and sentence not in said:
+            said.add(sentence)
+            warn(f"step {step + 1}: {sentence}")
+
+
+def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
+    """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
+    if RANK:
+        return
+    metrics = {name: float(x) for name, x in metrics.items()}
+    row = pandas.DataFrame([{"step": step} | metrics], columns=METRICS)
+    row.to_csv(run_dir / "training_metrics.csv", mode="a", header=False, index=False)
+    with open(run_dir / "samples.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+    if tracker:
+        tracker.log(metrics, step=step)
+    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
+    tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
+
+
+def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
+    """summary.json and training_curves.png, made from training_metrics.csv. Returns the rows with an evaluation."""
+    import matplotlib.figure
+
+    if RANK:
+        return []
+    table = pandas.read_csv(run_dir / "training_metrics.csv")
+    evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
+    command = ["deepspeed", *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
+               "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
+               "resume_command": shlex.join(command), "config": asdict(config)}
+    (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
+    (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
+    figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
+    for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
+        axis.plot("step", name, data=table[["step", name]].dropna())
+        axis.set(title=name, xlabel="step")
+    figure.savefig(run_dir / "training_curves.png", dpi=80)
+    return evaluations
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))  # the oldest first
+
+
+def open_run(config: Config) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
+    name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    own_dir, link = Path("output", name), Path("output", "ppo_metrics")
+    run_dir = Path(config.output_dir or own_dir)
+    newest = next(reversed(checkpoints(run_dir)), None)
+    start = {"auto": newest, "never": None, "must": newest or run_dir}.get(config.resume, Path(config.resume))
+    if start and not (start / "state.json").is_file():
+        raise UsageError(f"resume {config.resume}: no checkpoint in {start}")
+    inside = start is not None and run_dir.resolve() in start.resolve().parents
+    if config.eval_only and inside:
+        run_dir, inside = own_dir, False  # an evaluation of a run adds nothing to its folder
+    # A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
+    present, summary = {path.name for path in run_dir.glob("*")}, run_dir / "summary.json"
+    died = summary.exists() and '"status": "running"' in summary.read_text() and not checkpoints(run_dir)
+    if present and not inside and not (died and present <= RUN_FILES):
+        raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
+    if not inside:
+        (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
+        (run_dir / "samples.jsonl").write_text("")
+    if run_dir == own_dir and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+    return run_dir, start
+
+
+def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
+    """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
+    folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
+    models.actor.save(temporary / "actor.safetensors")
+    if models.critic:
+        models.critic.save(temporary / "critic.safetensors")
+    if RANK:
+        return
+    state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
+    (temporary / "state.json").write_text(json.dumps(state))
+    temporary.replace(folder)
+    for old in checkpoints(run_dir)[: -config.save_total_limit]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config) -> tuple[int, float]:
+    """Restores the learners and cuts the logs of run_dir back to the checkpoint's step. Returns (step, kl_coef)."""
+    state = json.loads((folder / "state.json").read_text())
+    for key in STRUCTURE:
+        if state[key] != getattr(config, key):
+            raise UsageError(f"{folder} was made with {key} {state[key]}, not {getattr(config, key)}")
+    models.actor.load(folder / "actor.safetensors")
+    if models.critic:
+        models.critic.load(folder / "critic.safetensors")
+    if RANK:
+        return state["step"], state["kl_coef"]
+    for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
+        shutil.rmtree(later)  # the run takes another course from here
+    for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
+        lines = path.read_text().splitlines(keepends=True)  # the first number of each is its step; the header has none
+        steps = [int((re.search(r"\d+", line) or "0")[0]) for line in lines]
+        path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
+    return state["step"], state["kl_coef"]
+
+
+# ---- Main -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config) -> tuple:
+    """Tokenizer, reward and examples: what can be wrong is found before a model is loaded. Raises UsageError."""
+    check_config(config)
+    transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
+    transformers.utils.logging.disable_progress_bar()
+    length = config.max_prompt_length + config.max_response_length
+    try:
+        for name in filter(None, (config.critic_model, config.model)):
+            lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
+            context = getattr(lm_config, "max_position_embeddings", length)
+            if length > context:
+                raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
+        raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
+    try:
+        tracker = None if config.track == "none" else importlib.import_module(config.track)
+    except ImportError as error:
+        raise UsageError(f"track {config.track}: pip install {config.track}") from error
+    return tokenizer, load_reward(config.reward), *load_examples(tokenizer, config), tracker
+
+
+def main(config: Config) -> None:
+    start_ranks(config)
+    tokenizer, reward, train, evals, tracker = one_rank_first(prepare, config)
+    torch.use_deterministic_algorithms(config.deterministic)
+    total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
+    if config.critic_warmup >= total and not config.eval_only:
+        raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
+    if 0 < len(evals) < WORLD:
+        raise UsageError(f"{len(evals)} evaluation rows are fewer than {WORLD} ranks")
+    folders = [open_run(config) if RANK == 0 else None]
+    dist.broadcast_object_list(folders)
+    (run_dir, checkpoint_dir), first = folders[0], (train or evals)[:2]
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
+          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
+          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+    models, evals = build_models(tokenizer, config), evals[RANK::WORLD]
+    for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
+        with whole_weights(model):
+            check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
+    kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
+    target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
+    kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
+    if checkpoint_dir:
+        start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
+    if tracker and not RANK:
+        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
+    if evals and (config.eval_only or not checkpoint_dir):
+        log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
+    save_summary(run_dir, config, "running")
+    said: set[str] = set()
+    for step in tqdm(range(start, 0 if config.eval_only else total), disable=RANK or not sys.stderr.isatty()):
+        clock = time.perf_counter()
+        faulthandler.dump_traceback_later(2 * config.dist_timeout, exit=True)  # a rank that is stuck shows where
+        batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
+        batch = batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
+        examples = [train[i] for i in batch for _ in range(config.rollout_n)]
+        rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
+        if models.critic:
+            metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
+        if step >= config.critic_warmup:
+            metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
+        kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
+        seconds = time.perf_counter() - clock
+        tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
+        metrics["time/tokens_per_second"] = tokens / seconds
+        samples, last = describe(rollout, "train", models, config), step + 1 == total
+        stopping = sum_over_ranks(torch.tensor(len(STOP))).item() > 0
+        if evals and (last or (step + 1) % config.eval_every == 0):
+            eval_metrics, eval_samples = evaluate(models, reward, evals, config)
+            metrics, samples = metrics | eval_metrics, samples + eval_samples
+        log_metrics(run_dir, step + 1, metrics, samples, tracker)
+        check_health(metrics, step, said)
+        if last or stopping or (config.save_every and (step + 1) % config.save_every == 0):
+            save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
+            save_summary(run_dir, config, "running")
+        if stopping and not last:
+            dist.barrier()  # a launcher ends all when one has gone
+            sys.exit(128 + signal.SIGTERM)
+    if not config.eval_only:
+        with whole_weights(models.actor.model):
+            models.actor.export(run_dir / "model", tokenizer)
+    evaluations = save_summary(run_dir, config, "finished")
+    for name in evaluations[0] if evaluations else ():
+        print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout  # one rank speaks for all
+    sys.argv = [argument for argument in sys.argv if not re.match("--local[-_]rank", argument)]  # launchers add it
+    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
+    defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
+    try:
+        main(tyro.cli(Config, default=defaults, use_underscores=True))
+    except UsageError as error:
+        print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:
+        phase = traceback.extract_tb(error.__traceback__)[1:3][-1].name  # what main called
+        print(f"{traceback.format_exc()}rank {RANK} failed in {phase}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # at once, without waiting for the other ranks
