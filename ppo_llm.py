@@ -584,11 +584,13 @@ def score_responses(
     if failed and failed_score is None:
         row = failed[0]
         raise UsageError(f"the reward returned {scores[row]!r} for row {row}, response {texts[row][:80]!r}")
-    for row in failed:  # 0.0 is a score like any other
-        scores[row] = failed_score
-    metrics = metrics | ({"failed": [len(failed) / len(texts)]} if failed else {})
-    means = {name: torch.tensor(x, dtype=torch.float64).mean() for name, x in metrics.items()}
-    return torch.tensor([float(score) for score in scores]), means
+    if failed_score is not None:
+        metrics = metrics | {"failed": [row in failed for row in range(len(scores))]}
+    means = {}
+    for name in union_over_ranks(list(metrics)):
+        x = torch.tensor(metrics.get(name, []), dtype=torch.float64)
+        means[name] = masked_mean(x, torch.ones_like(x))
+    return torch.tensor([float(failed_score if row in failed else x) for row, x in enumerate(scores)]), means
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -1059,6 +1061,11 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def union_over_ranks(names: list[str]) -> list[str]:
+    """All names that a rank has, sorted: what a reward measures may depend on the responses."""
+    return sorted(names)
+
+
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x where mask is 1, over all ranks; 0 if the mask is empty. A statistic: it carries no gradient."""
     x = x.detach().masked_fill(mask == 0, 0.0)
@@ -1401,7 +1408,7 @@ def collect_rollout(
     rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
-    metrics |= {f"reward/{name}": masked_mean(x, torch.ones_like(x)) for name, x in measured.items()}
+    metrics |= {f"reward/{name}": x for name, x in measured.items()}
     mean_score = masked_mean(rollout.scores, everyone)
     metrics |= {"reward/score": mean_score,
                 "reward/score_std": masked_mean((rollout.scores - mean_score).square(), everyone).sqrt(),
@@ -1572,7 +1579,7 @@ def evaluate(models: Models, reward: Callable, examples: list[Example], config: 
     rollout = respond(models, examples, config, generator=None)
     scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
     rollout.scores = scores = scores.double()
-    metrics = {f"eval/{name}": masked_mean(x, torch.ones_like(x)) for name, x in measured.items()}
+    metrics = {f"eval/{name}": x for name, x in measured.items()}
     columns = {"score": scores}
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]

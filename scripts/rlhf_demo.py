@@ -3,10 +3,10 @@
     python scripts/rlhf_demo.py pairs --output output/rlhf/pairs.jsonl
     python scripts/rlhf_demo.py report --folder output/rlhf
 
-The human is a rule: a right answer beats a wrong one, and of two that are equally right or wrong the one whose length is
-closer to TARGET characters wins. The demo model's own responses are nearly all shorter, and its wrong ones mostly lack a
-step: a reward model learns from them that longer is better, which is true where it was taught and false beyond. This is
-the length bias of real reward models, in a form in which the truth is known.
+The human is a rule: a right answer beats a wrong one, and of two that are equally right or wrong the one whose length
+is closer to TARGET characters wins. The demo model's own responses are nearly all shorter, and its wrong ones mostly
+lack a step: a reward model learns from them that longer is better, which is true where it was taught and false beyond.
+This is the length bias of real reward models, in a form in which the truth is known.
 """
 
 import csv

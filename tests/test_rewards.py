@@ -200,7 +200,7 @@ def test_zero_is_a_score_and_so_are_booleans_and_integers(tmp_path):
     reward = reward_of(tmp_path, "return [0.0, False, -0.0, True, 7, -2]", failed_score=-9.0)
     scores, metrics = measure(reward, list("abcdef"), -9.0)
     assert scores.dtype == torch.float32
-    assert scores.tolist() == [0, 0, 0, 1, 7, -2] and metrics == {}
+    assert scores.tolist() == [0, 0, 0, 1, 7, -2] and metrics == {"failed": 0}
 
 
 @pytest.mark.parametrize("returned", ["(len(x) for x in responses)", "numpy.array([0.0, 2.0])", "(0, numpy.int64(2))"])
