@@ -8,12 +8,11 @@
     for batch in pairs:
         chosen, rejected = score_conversations(model, batch)
         loss = bradley_terry_loss(chosen, rejected)       -log sigmoid(chosen - rejected)   (arXiv:2203.02155)
-             + coefficient * (chosen + rejected)**2       draws the mean score to 0         (arXiv:2312.09244)
+    center_scores(model, pairs)                           the mean score becomes 0, when asked
     evaluate(model, held_out)                             how often the chosen response has the higher score
     save_model(model, tokenizer)                          a plain Hugging Face sequence-classification folder
 
-[B] tensors hold one fp32 number per conversation or pair. A batch is one optimizer step, however it is cut. There is no
-resume: an interrupted run starts again in another folder. docs/reward_models.md has the formats and the rules.
+There is no resume: an interrupted run starts again in another folder. docs/reward_models.md: formats and rules.
 """
 
 import json
@@ -28,6 +27,7 @@ from typing import Literal
 import datasets
 import matplotlib.figure
 import pandas
+import peft
 import torch
 import transformers
 import tyro
@@ -69,11 +69,10 @@ class Config:
     train_batch_size: int = 64  # pairs per optimizer step
     micro_batch_size: int = 8  # pairs per pass; changes memory and speed only
     lr: float = 1e-5  # learning rate; adapters want about 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up; linear and cosine end at 0
-    warmup_steps: int = 0  # steps in which the learning rate rises from 0
+    warmup_steps: int = 0  # steps in which the learning rate rises; then it falls linearly, to 0 at the end
     weight_decay: float = 0.0  # of AdamW
     grad_clip: float = 1.0  # gradient norm is clipped to this
-    center_rewards_coefficient: float = 0.01  # weight of (chosen + rejected)**2: draws the mean score to 0; 0: off
+    center: bool = False  # shift the scores in the end, so that those of the training pairs have mean 0
     eval_every: int = 100  # steps between evaluations (also before the first step and at the end); 0: only these
 
 
@@ -83,25 +82,24 @@ def warn(sentence: str) -> None:
 
 def check_config(c: Config) -> tuple:
     """Refuses sizes and models that cannot work; tokenizer and vocabulary size of the model. Raises UsageError."""
-    may_be_0 = "lora_rank lr warmup_steps weight_decay center_rewards_coefficient eval_every".split()
+    may_be_0 = "lora_rank lr warmup_steps weight_decay eval_every".split()
     for name, x in vars(c).items():
         if type(x) in (int, float) and name != "seed" and not (0 < x < math.inf or x == 0 and name in may_be_0):
             raise UsageError(f"{name} must {'not be negative' if name in may_be_0 else 'be positive'}, not {x}")
     transformers.utils.logging.set_verbosity_error()  # its note on the new head is not for the user
     transformers.utils.logging.disable_progress_bar()
     try:
-        own, tokenizer = AutoConfig.from_pretrained(c.model), AutoTokenizer.from_pretrained(c.model)
+        own = AutoConfig.from_pretrained(c.model)
+        tokenizer = AutoTokenizer.from_pretrained(c.model, padding_side="right", truncation_side="left")  # as saved
     except (OSError, ValueError) as error:
         raise UsageError(f"model {c.model}: {str(error).splitlines()[0]}") from error
-    has_head = type(own) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own.is_encoder_decoder
-    if not has_head or (own.num_labels != 1 and "SequenceClassification" in str(own.architectures)):
-        problem = f"it is a classifier with {own.num_labels} labels" if has_head else f"{own.model_type} cannot have one"
-        raise UsageError(f"model {c.model}: a reward model needs a head with one score, but {problem}")
-    text_config = own.get_text_config()
-    context = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", c.max_length))
+    labels = own.num_labels if "SequenceClassification" in str(own.architectures) else 1
+    if labels != 1 or type(own) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING or own.is_encoder_decoder:
+        raise UsageError(f"model {c.model} ({own.model_type}, labels: {labels}) cannot have a head with one score")
+    context = min(tokenizer.model_max_length, getattr(own.get_text_config(), "max_position_embeddings", c.max_length))
     if c.max_length > context:
         raise UsageError(f"max_length = {c.max_length} exceeds the {context} tokens of {c.model}")
-    return tokenizer, text_config.vocab_size
+    return tokenizer, own.get_text_config().vocab_size
 
 
 # ---- Data: rows -> two conversations -> token ids -------------------------------------------------------------------
@@ -138,16 +136,12 @@ def read_rows(source: str, split: str) -> list[dict]:
 
 def read_turns(value, role: str, what: str) -> list[dict]:
     """A text, a message or a list of messages, ShareGPT's too, as messages. Raises UsageError if one has no text."""
-    turns = [{"role": role, "content": value}] if isinstance(value, str) else value
-    turns, messages = turns if isinstance(turns, list) else [turns], []
-    for turn in turns:
-        turn = turn if isinstance(turn, dict) else {}
-        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(speaker, str) and isinstance(content, str) and content.strip():
-            messages.append({"role": ROLES.get(speaker, speaker), "content": content})
-    if not messages or len(messages) < len(turns):
+    value = [{"role": role, "content": value}] if isinstance(value, str) else value
+    turns = [turn if isinstance(turn, dict) else {} for turn in (value if isinstance(value, list) else [value])]
+    messages = [{"role": t.get("role", t.get("from")), "content": t.get("content", t.get("value"))} for t in turns]
+    if not messages or not all(isinstance(x, str) and x.strip() for message in messages for x in message.values()):
         raise UsageError(f"no text in {what}")
-    return messages
+    return [message | {"role": ROLES.get(message["role"], message["role"])} for message in messages]
 
 
 def read_conversation(row: dict, side: str, prompt_column: str) -> list[dict]:
@@ -220,10 +214,7 @@ def load_pairs(tokenizer, config: Config) -> tuple[list[Pair], list[Pair]]:
 def load_model(config: Config) -> nn.Module:
     """The model with a head of one score, in fp32 and without dropout; with lora_rank, adapters on its frozen trunk."""
     torch.manual_seed(config.seed)  # of a new head and of the adapters
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, dtype=torch.float32)
-    except OSError as error:
-        raise UsageError(f"model {config.model}: {str(error).splitlines()[0]}") from error
+    model = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=1, dtype=torch.float32)
     for module in model.modules():
         for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
             if "drop" in key or isinstance(module, nn.Dropout):
@@ -231,8 +222,6 @@ def load_model(config: Config) -> nn.Module:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_rank:
-        import peft
-
         trunk, linear = model.base_model_prefix, (nn.Linear, transformers.pytorch_utils.Conv1D)
         layers = [name for name, x in model.named_modules() if name.startswith(f"{trunk}.") and type(x) in linear]
         heads = [name for name, x in model.named_children() if name != trunk and list(x.parameters())]
@@ -288,19 +277,12 @@ def evaluate(model: nn.Module, pairs: list[Pair], config: Config) -> dict[str, f
     return metrics | {"eval/score_std": torch.cat([chosen, rejected]).std(correction=0).item()}
 
 
-def learning_rate(step: int, total: int, c: Config) -> float:
-    progress = max(0, step - c.warmup_steps) / max(1, total - c.warmup_steps)
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[c.lr_schedule]
-    return c.lr * decay * min(1.0, (step + 1) / (c.warmup_steps + 1))
-
-
 def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[Pair], config: Config) -> dict:
     """One optimizer step on the mean loss of a batch; left out, and counted, if the gradient is not finite."""
     batch, seen = sorted(batch, key=lambda pair: max(len(pair.chosen), len(pair.rejected))), []
     for start in range(0, len(batch), config.micro_batch_size):
         chosen, rejected = score_pairs(model, batch[start : start + config.micro_batch_size], config)
-        centering = config.center_rewards_coefficient * (chosen + rejected).square()
-        ((bradley_terry_loss(chosen, rejected) + centering).sum() / len(batch)).backward()
+        (bradley_terry_loss(chosen, rejected).sum() / len(batch)).backward()
         seen.append(torch.stack([chosen, rejected]).detach())
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.grad_clip).item()
     if math.isfinite(norm):
@@ -310,14 +292,27 @@ def train_batch(model: nn.Module, optimizer: torch.optim.Optimizer, batch: list[
     return pair_metrics(*torch.cat(seen, 1), "train") | metrics
 
 
+@torch.no_grad()
+def center_scores(model: nn.Module, pairs: list[Pair]) -> None:
+    """Makes the mean score 0. A decoder's head has no bias, so its weight moves along the direction in which the states
+    [B, H] that it reads have a mean but little variance: nearly a constant is taken from all scores."""
+    head, states = [x for x in model.modules() if isinstance(x, nn.Linear) and x.out_features == 1][-1], []
+    hook = head.register_forward_pre_hook(lambda module, inputs: states.append(inputs[0].flatten(0, -2)[-1]))
+    shift = score_conversations(model, [ids for pair in pairs for ids in (pair.chosen, pair.rejected)], 1).mean()
+    hook.remove()
+    mean, covariance = torch.stack(states).mean(0), torch.stack(states).T.cov()
+    ridge = 0.1 * covariance.diagonal().mean() * torch.eye(len(mean), device=mean.device)  # B may be less than H
+    direction = torch.linalg.solve(covariance + ridge, mean)
+    head.weight -= shift * direction / (direction @ mean)
+
+
 def save_model(model: nn.Module, tokenizer, pairs: list[Pair], folder: Path, config: Config) -> None:
     """A plain folder whose tokenizer pads and cuts conversations as they were in training."""
     ends = {ids[-1] for pair in pairs for ids in (pair.chosen, pair.rejected)}  # padding must not be one of these
     special = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
     pad = next((i for i in special if i is not None and i not in ends), None)  # None: batches fail, not mislead
     tokenizer.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
-    tokenizer.padding_side, tokenizer.truncation_side, tokenizer.model_max_length = "right", "left", config.max_length
-    model.config.get_text_config().pad_token_id = pad
+    tokenizer.model_max_length, model.config.get_text_config().pad_token_id = config.max_length, pad
     for part in (model, tokenizer):
         part.save_pretrained(folder.with_name("temporary"))
     folder.with_name("temporary").rename(folder)
@@ -376,13 +371,17 @@ def main(config: Config) -> None:
     save_summary(run_dir, config, sizes, "running")
     for step in tqdm(range(total), disable=not sys.stderr.isatty()):
         clock, (epoch, index) = time.perf_counter(), divmod(step, per_epoch)
-        order = random.Random(f"{config.seed} epoch {epoch}").sample(train, len(train))
+        if index == 0:
+            order = random.Random(f"{config.seed} epoch {epoch}").sample(train, len(train))
         batch = order[index * config.train_batch_size :][: config.train_batch_size]
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(step, total, config)
+        rise, fall = (step + 1) / (config.warmup_steps + 1), (total - step) / max(1, total - config.warmup_steps)
+        optimizer.param_groups[0]["lr"] = lr = config.lr * min(rise, fall)
         metrics = train_batch(model, optimizer, batch, config) | {"optim/lr": lr}
         metrics["time/pairs_per_second"] = len(batch) / (time.perf_counter() - clock)
         if step + 1 == total:
             model = (model.merge_and_unload() if config.lora_rank else model).eval()  # evaluated as it is saved
+            if config.center:
+                center_scores(model, order[:1000])
         if step + 1 == total or (config.eval_every and (step + 1) % config.eval_every == 0):
             metrics |= evaluate(model, held_out, config)
         log_metrics(run_dir, step + 1, metrics)
@@ -396,6 +395,6 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(line_buffering=True)
     try:
         main(tyro.cli(Config, use_underscores=True))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:  # the latter: weights that are missing, a full disk
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
