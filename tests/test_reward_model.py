@@ -65,7 +65,7 @@ def base(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model("qwen2", **SHAPE, attention_dropout=0.5)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(padding_side="left").save_pretrained(folder)  # as for generation
     write_rows(folder / "pairs.jsonl", likes_e(400))
     write_rows(folder / "held_out.jsonl", likes_e(200, seed=1))
     return folder
@@ -345,6 +345,21 @@ def test_the_gradient_is_clipped_and_a_broken_one_is_left_out():
     assert all(torch.equal(w, b) for w, b in zip(model.parameters(), before, strict=True))
 
 
+def test_scores_of_a_bfloat16_model_are_fp32():
+    with torch.no_grad():
+        assert score_conversations(make_classifier().bfloat16(), some_sequences(3), 2).dtype == torch.float32
+
+
+def test_the_micro_batch_size_is_the_number_of_pairs_in_a_pass():
+    model, sizes = make_classifier(), []
+    model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output.logits)))
+    config = Config(device="cpu", micro_batch_size=4)
+    script.train_batch(model, torch.optim.SGD(model.parameters(), lr=0.1), make_pair(6), config)
+    assert sizes == [8, 4]
+    script.evaluate(model, make_pair(6), config)
+    assert sizes[2:] == [8, 4]
+
+
 def test_bfloat16_is_for_the_passes_only(base):
     exact, rounded = (make_config(base, dtype=dtype) for dtype in ("float32", "bfloat16"))
     model = script.load_model(rounded)
@@ -428,7 +443,7 @@ def test_a_user_who_knows_only_transformers_gets_the_same_scores(base, trained):
     with torch.no_grad():
         plain = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits[:, 0]
     torch.testing.assert_close(plain, scores_of(trained[1], pairs), atol=1e-5, rtol=1e-5)
-    assert tokenizer.model_max_length == 64
+    assert tokenizer.model_max_length == 64 and tokenizer.padding_side == "right"
     assert tokenizer("abc" * 40 + "xyz", truncation=True).input_ids[-3:] == tokenizer("xyz").input_ids
 
 
@@ -496,6 +511,15 @@ def test_adapters_train_nothing_but_themselves_and_the_head_and_are_merged_in_th
             or "ln_" in name, name
     for name in moved - head:  # a product of two matrices of rank 4
         assert torch.linalg.matrix_rank(after[name] - before[name], atol=1e-4) <= 4
+
+
+def test_every_part_of_the_head_is_trained_beside_adapters(tmp_path):
+    model = make_classifier("modernbert", cls_token_id=1, sep_token_id=2)  # with a dense layer before its classifier
+    model.save_pretrained(tmp_path)
+    model = script.load_model(Config(model=str(tmp_path), device="cpu", lora_rank=2))
+    trainable = {name for name, w in model.named_parameters() if w.requires_grad}
+    assert any(".head." in name for name in trainable) and any(".classifier." in name for name in trainable)
+    assert not any(".model.model." in name and "lora_" not in name for name in trainable)
 
 
 def test_adapters_are_merged_before_the_last_evaluation(base, tmp_path):
@@ -666,6 +690,7 @@ BAD_ROWS = [  # rows, what is said
     ([TEXT, {"chosen": "b", "rejected": "c"}], "row 2: no text in prompt"),
     ([TEXT, TEXT | {"chosen": [USER]}], "row 2: chosen must be the row's prompt"),
     ([TEXT, TEXT | {"chosen": [USER, YES]}], "row 2: chosen must be the row's prompt"),  # another prompt
+    ([{"chosen": [USER, YES, USER], "rejected": [USER, NO]}], "row 1: chosen must be the row's prompt"),
     ([{"chosen": [YES], "rejected": [NO]}], "row 1: chosen must be the row's prompt"),
     ([TEXT | {"rejected": "b"}] * 2, "no pairs are left"),
     ([TEXT, TEXT | {"chosen": "d"}], "all rows have the same prompt"),
