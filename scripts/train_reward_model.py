@@ -233,13 +233,12 @@ def load_model(config: Config) -> nn.Module:
 
 
 def score_conversations(model: nn.Module, sequences: list[list[int]], batch_size: int) -> Tensor:
-    """Scores [B] in fp32. A decoder's head reads the last token that is not config.pad_token_id: so that must be one
-    with which no sequence of the batch ends. Sequences of similar length share a batch."""
+    """Scores [B] in fp32 of token sequences by a sequence-classification model; similar lengths share a batch."""
     order, scores = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
     for start in range(0, len(order), batch_size):
         rows = [torch.tensor(sequences[i]) for i in order[start : start + batch_size]]
-        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})
-        model.config.get_text_config().pad_token_id = pad
+        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})  # a decoder's head reads the last token
+        model.config.get_text_config().pad_token_id = pad  # that is not this one: no row may end with it
         ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(model.device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
         scores.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
