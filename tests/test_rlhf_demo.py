@@ -40,7 +40,8 @@ def test_the_report_compares_the_start_and_both_policies(result):
         rows = {row["policy"]: {k: float(x) for k, x in row.items() if k != "policy"} for row in csv.DictReader(file)}
     assert list(rows) == ["start", "ppo_kl", "ppo_no_kl"]
     assert rows["start"]["win_rate"] == 0.5 and abs(rows["start"]["kl_per_response"]) < 1e-3
-    assert all(row["prompts"] == 30 for row in rows.values())
+    assert all(row["prompts"] == 30 and row["win_rate_se"] < 0.1 for row in rows.values())
+    assert (result / "report.png").stat().st_size > 10_000
     summary = json.loads((result / "ppo_no_kl" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["config"]["kl_ctrl_coef"] == 0
     assert (result / "reward_model" / "model" / "model.safetensors").is_file()
