@@ -66,9 +66,10 @@ def judge(models: ppo_llm.Models, base: ppo_llm.Models, reward, examples: list, 
     utilities = [utility(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
     wins = [(a > b) + (a == b) / 2 for a, b in zip(utilities, before or utilities, strict=True)]
     kl = rollout.old_logprobs - ppo_llm.score_tokens(base.actor.model, rollout, config)[ppo_llm.LOGPROBS]
-    row = {"prompts": len(examples)}
-    for name, x in (("win_rate", wins), ("reward_model_score", scores.tolist()), ("kl_per_response", kl.sum(1).tolist()),
-                    ("characters", list(map(len, rollout.texts))), ("accuracy", [right for right, _ in utilities])):
+    row, columns = {"prompts": len(examples)}, {
+        "win_rate": wins, "reward_model_score": scores.tolist(), "kl_per_response": kl.sum(1).tolist(),
+        "characters": list(map(len, rollout.texts)), "accuracy": [right for right, _ in utilities]}
+    for name, x in columns.items():
         error = statistics.stdev(map(float, x)) / math.sqrt(len(x))
         row |= {name: round(statistics.fmean(x), 4), f"{name}_se": round(error, 4)}
     return row | {"utilities": utilities}
@@ -90,8 +91,8 @@ def report(folder: Path, prompts: int = 600, seed: int = 1) -> None:
     table = pandas.DataFrame(rows).drop(columns="utilities")
     table.to_csv(folder / "report.csv", index=False)
     figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained")
-    titles = {"reward_model_score": "what is optimised: score of the reward model", "win_rate": "what is wanted: win rate"
-              " by the human's rule", "kl_per_response": "KL to the start, per response"}
+    titles = {"reward_model_score": "what is optimised: reward-model score", "kl_per_response": "KL to the start",
+              "win_rate": "what is wanted: win rate by the human's rule"}
     for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for run, label in (("ppo_kl", "with KL"), ("ppo_no_kl", "without KL")):
             part = pandas.concat([table[:1], table[table.policy == run]])

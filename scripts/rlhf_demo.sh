@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From preferences to a policy, on a CPU and without a network: preference pairs from the demo model, with a rule as the
-# human; a reward model; PPO against it with and without KL; a report (FOLDER/report.csv, report.png). docs/results.md has it.
+# human; a reward model; PPO against it with and without KL; a report (FOLDER/report.csv, report.png), see docs/results.md.
 #
 #     scripts/rlhf_demo.sh [FOLDER]        # default output/rlhf
 #
@@ -19,6 +19,7 @@ python scripts/train_reward_model.py --model "$model" --dataset "$folder/pairs.j
 for run in "kl 0.1" "no_kl 0"; do
     read -r name coefficient <<<"$run"
     python ppo_llm.py --reward "$folder/reward_model/model" --kl_ctrl_coef "$coefficient" --lr 1e-4 \
-        --total_steps "${STEPS:-50}" --save_every 10 --save_total_limit 9 --eval_every 0 --output_dir "$folder/ppo_$name"
+        --total_steps "${STEPS:-50}" --save_every 10 --save_total_limit 9 --eval_every 0 \
+        --output_dir "$folder/ppo_$name"
 done
 python scripts/rlhf_demo.py report --folder "$folder" --prompts "${PROMPTS:-600}"

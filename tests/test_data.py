@@ -284,6 +284,22 @@ def test_a_row_without_text_is_refused_with_its_number_and_column(tokenizer, pro
     assert refusal(examples_of, rows, tokenizer) == "SOURCE: row 3 has no text in column 'prompt'"
 
 
+def test_a_column_that_is_nearly_right_is_suggested():
+    sentence = refusal(ppo_llm.find_columns, ["questions", "answer"], Config(), "SOURCE")
+    assert sentence.endswith("there are questions, answer (is it questions?)")
+    assert "is it" not in refusal(ppo_llm.find_columns, ["x", "answer"], Config(), "SOURCE")
+
+
+def test_prompts_that_are_trained_on_and_evaluated_are_counted(tmp_path, tokenizer, capsys):
+    train = write(tmp_path / "train.jsonl", jsonl([{"prompt": x, "answer": "1"} for x in "abcd"]))
+    test = write(tmp_path / "test.jsonl", jsonl([{"prompt": x, "answer": "2"} for x in "cdef"]))
+    config = Config(dataset=train, eval_dataset=test, train_batch_size=1, reward="f.py:f")
+    ppo_llm.load_examples(tokenizer, config)
+    assert "2 prompts of" in capsys.readouterr().err
+    ppo_llm.load_examples(tokenizer, dataclasses.replace(config, eval_dataset=train, eval_every=0))
+    assert capsys.readouterr().err == ""
+
+
 def test_a_row_that_lacks_the_column_is_refused_with_its_number(tokenizer):
     assert "row 2 has no text" in refusal(examples_of, [{"prompt": "Hi"}, {"text": "Ho"}], tokenizer)
 
