@@ -10,7 +10,6 @@ import re
 import runpy
 import shlex
 import string
-import subprocess
 import sys
 from pathlib import Path
 
@@ -520,6 +519,9 @@ def test_every_part_of_the_head_is_trained_beside_adapters(tmp_path):
     trainable = {name for name, w in model.named_parameters() if w.requires_grad}
     assert any(".head." in name for name in trainable) and any(".classifier." in name for name in trainable)
     assert not any(".model.model." in name and "lora_" not in name for name in trainable)
+    assert model.peft_config["default"].lora_alpha == 4  # twice the rank
+    model = script.load_model(Config(model=str(tmp_path), device="cpu", lora_rank=2, lora_alpha=7))
+    assert model.peft_config["default"].lora_alpha == 7
 
 
 def test_adapters_are_merged_before_the_last_evaluation(base, tmp_path):
@@ -578,6 +580,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(base, tmp_
     one, two, other = (load(run_dir / "model").state_dict() for run_dir in runs.values())
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_new_head_depends_on_the_seed_only(base):
+    one, other, again = (script.load_model(make_config(base, seed=seed)).score.weight for seed in (1, 2, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_a_tenth_of_the_prompts_is_held_out_and_no_prompt_is_on_both_sides(base, tmp_path):
@@ -832,8 +839,10 @@ def test_commands_in_the_docstring_and_the_document_parse():
         tyro.cli(Config, args=shlex.split(command), use_underscores=True)
 
 
-def test_importing_it_has_no_side_effects(tmp_path):
-    code = "import os, random; random.seed(1); import train_reward_model; print(os.listdir(), random.random())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(SCRIPT.parent), "PATH": "/usr/bin:/bin"})
-    assert done.stdout == "[] 0.13436424411240122\n", done.stderr
+def test_importing_it_has_no_side_effects(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random.seed(1)
+    state = random.getstate(), torch.get_rng_state()
+    runpy.run_path(str(SCRIPT), run_name="imported")
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
