@@ -47,14 +47,15 @@ TALKS = [([{"role": "user", "content": "abc"}], "def"), ([{"role": "user", "cont
          ([{"role": "system", "content": "S"}, {"role": "user", "content": "abcdefgh"}], "ijklmnopq")]
 
 
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<pad>", "<bot>", ""])
 @pytest.mark.parametrize("make", [make_tokenizer, word_tokenizer])
-def test_scores_are_those_of_the_model_on_its_own_tokens_one_by_one(tmp_path, make, capsys):
+def test_scores_are_those_of_the_model_on_its_own_tokens_one_by_one(tmp_path, make, end, capsys):
     tokenizer = make()
-    tokenizer.chat_template = word_tokenizer().chat_template
+    tokenizer.chat_template = word_tokenizer().chat_template.replace("<|endoftext|>", end)
     model = save_reward_model(tmp_path, tokenizer)
     scores, metrics = score(ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu")), TALKS)
     for (messages, response), found in zip(TALKS, scores, strict=True):
-        text = "".join(f"{m['role'][0]}{m['content']}<|endoftext|>" for m in messages) + f"a{response}<|endoftext|>"
+        text = "".join(f"{m['role'][0]}{m['content']}{end}" for m in messages) + f"a{response}{end}"
         ids = tokenizer(text).input_ids
         model.config.pad_token_id = None
         with torch.no_grad():
