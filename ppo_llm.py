@@ -597,7 +597,10 @@ def score_responses(
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear fp32 head."""
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear head.
+
+    The head has the dtype of the other weights, and so an fp32 master where they have one; it computes in fp32.
+    """
 
     def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config, adapter: str | None = None):
         super().__init__()
@@ -609,7 +612,7 @@ class LanguageModel(nn.Module):
         AttentionInterface.register("packed", packed_attention)
         lm.set_attn_implementation("packed")
         if with_values:
-            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device)
+            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device, dtype=lm.dtype)
             noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
             nn.init.zeros_(self.value_head.bias)
             self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
@@ -1286,7 +1289,8 @@ def forward(
         read = hidden.float()
         if model.pooling == "mean":  # the value head reads the mean of all states so far
             read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
-        values = tokens.pad(model.value_head(read[chosen]).squeeze(-1))
+        weight, bias = model.value_head.weight.float(), model.value_head.bias.float()
+        values = tokens.pad(nn.functional.linear(read[chosen], weight, bias).squeeze(-1))
     if not (token_head and model.chooses):
         return [None, None, values, None]
     with torch.no_grad():

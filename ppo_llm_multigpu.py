@@ -311,7 +311,7 @@ def own_rows(rows: list[int], config: Config) -> list[int]:
 def in_step(passes: Iterable, rollout: "Rollout") -> list:
     """The passes, and as many without weight as another rank has more: every backward adds up all ranks' gradients."""
     passes, nothing = list(passes), rollout.take([0])
-    nothing.mask = torch.zeros_like(nothing.mask)
+    nothing = replace(nothing, **{k: torch.zeros_like(x) for k, x in vars(nothing).items() if isinstance(x, Tensor)})
     return passes + [([], nothing)] * (int(max_over_ranks(len(passes))) - len(passes))
 
 
@@ -319,7 +319,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
     """From our flags; entries of the file ds_config replace ours."""
     given = json.loads(Path(config.ds_config).read_text()) if config.ds_config else {}
     away = ["offload_optimizer", "offload_param"][: ["none", "optimizer", "all"].index(config.offload)]
-    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0}
+    zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     zero |= {name: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for name in away}
     own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
            "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last gradient only
@@ -480,7 +480,10 @@ def score_responses(reward: Callable, examples: list[Example], texts: list[str])
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear fp32 head."""
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear head.
+
+    The head has the dtype of the other weights, and so an fp32 master where they have one; it computes in fp32.
+    """
 
     def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
         super().__init__()
@@ -489,7 +492,7 @@ class LanguageModel(nn.Module):
         AttentionInterface.register("packed", packed_attention)
         lm.set_attn_implementation("packed")
         if with_values:
-            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device)
+            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device, dtype=lm.dtype)
             noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
             nn.init.zeros_(self.value_head.bias)
             self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
@@ -1156,7 +1159,8 @@ def forward(
         read = hidden.float()
         if model.pooling == "mean":  # the value head reads the mean of all states so far
             read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
-        values = tokens.pad(model.value_head(read[chosen]).squeeze(-1))
+        weight, bias = model.value_head.weight.float(), model.value_head.bias.float()
+        values = tokens.pad(nn.functional.linear(read[chosen], weight, bias).squeeze(-1))
     if not token_head or model.lm.get_output_embeddings() is None:  # the separate critic has none
         return [None, None, values, None]
     with torch.no_grad():

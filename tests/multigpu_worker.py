@@ -1,0 +1,102 @@
+"""One rank of test_multigpu.py: does what the cases in a file ask for, with ppo_llm_multigpu.py.
+
+The same code with ppo_llm.py, in one process, gives what is expected.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+STEPS_SAVED = 1, 3  # of the optimizer: after these its state is written
+
+
+def restore(module, path: Path, config) -> tuple:
+    """This rank's part of a stored rollout."""
+    stored = torch.load(path, weights_only=True)
+    rank, ranks = getattr(module, "RANK", 0), getattr(module, "WORLD", 1)
+    rows = slice(config.rollout_size // ranks * rank, config.rollout_size // ranks * (rank + 1))
+    return module.Rollout(**{name: x[rows].clone() if isinstance(x, torch.Tensor) else x[rows]
+                             for name, x in stored.items()})
+
+
+def watch_steps(learner, folder: Path, role: str) -> None:
+    """Writes the learner's state after some of its steps."""
+    real, done = learner.step, []
+
+    def step(*args):
+        real(*args)
+        done.append(1)
+        if len(done) in STEPS_SAVED:
+            learner.save(folder / f"{role}_{len(done)}.safetensors")
+
+    learner.step = step
+
+
+def drop_a_pass(module) -> None:
+    """What must not go unnoticed: the last rank leaves out one micro-batch."""
+    real = module.in_step
+
+    def in_step(passes, rollout):
+        passes = list(passes)
+        return real(passes[:-1] if module.RANK == module.WORLD - 1 and len(passes) > 1 else passes, rollout)
+
+    module.in_step = in_step
+
+
+def run_updates(module, case: dict, folder: Path) -> None:
+    """The updates of a case on the stored rollout, and the final state and metrics of both learners."""
+    config = dataclasses.replace(module.DEMO, **case["config"])
+    if hasattr(module, "WORLD"):
+        config = dataclasses.replace(config, **case.get("ranks", {}))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    models, metrics = module.build_models(tokenizer, config), []
+    module.LOGITS_PER_CHUNK = len(tokenizer) * 7  # the head in three chunks or more
+    learners = {role: x for role, x in (("critic", models.critic), ("actor", models.actor)) if x}
+    folder.mkdir(parents=True, exist_ok=True)
+    for role, learner in learners.items():
+        learner.save(folder / f"{role}_start.safetensors")
+        watch_steps(learner, folder, role)
+    for step, change in enumerate(case.get("updates", [{}])):
+        rollout = restore(module, Path(case["rollout"]), config)
+        if change.pop("poison", False) and getattr(module, "RANK", 0) == 0:
+            rollout.advantages[0] = rollout.returns[0] = float("nan")
+        for role in learners:
+            done = module.update(role, models, rollout, step, 9, 0.05, dataclasses.replace(config, **change))
+            metrics.append({name: float(x) for name, x in done.items() if "time/" not in name})
+    for role, learner in learners.items():
+        learner.save(folder / f"{role}_last.safetensors")
+    if case.get("export"):
+        with module.whole_weights(models.actor.model):
+            models.actor.export(folder / "model", tokenizer)
+    if not getattr(module, "RANK", 0):
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def run_main(module, case: dict, folder: Path) -> None:
+    """Whole runs, one after the other; a usage error is written down."""
+    for changes in case["runs"]:
+        config = dataclasses.replace(module.DEMO, **changes, output_dir=str(folder / changes.pop("run", "run")))
+        module.main(config)
+
+
+def main(module, cases: list[dict], folder: Path) -> None:
+    start = module.in_step if hasattr(module, "WORLD") else None
+    for case in cases:
+        if case.get("drop"):
+            drop_a_pass(module)
+        (run_main if "runs" in case else run_updates)(module, case, folder / case["name"])
+        if start:
+            module.in_step = start
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import ppo_llm_multigpu
+
+    torch.set_num_threads(1)
+    ppo_llm_multigpu.start_ranks(dataclasses.replace(ppo_llm_multigpu.DEMO, device="cpu", dist_timeout=60))
+    main(ppo_llm_multigpu, json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -1,0 +1,190 @@
+"""ppo_llm_multigpu.py in two processes on the CPU against ppo_llm.py in one: the same rollouts give the same update."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import multigpu_worker
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import ppo_llm
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKER = Path(__file__).with_name("multigpu_worker.py")
+pytest.importorskip("deepspeed", reason="needs deepspeed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")),
+                       reason="DeepSpeed compiles its CPU communication with g++ and ninja")]
+PPO = {"train_batch_size": 16, "ppo_mini_batch_size": 8, "ppo_epochs": 2, "ppo_micro_batch_size": 2, "lr": 1e-4,
+       "critic_lr": 1e-3, "device": "cpu", "max_prompt_length": 256, "weight_decay": 0.01, "temperature": 2.0,
+       "max_response_length": 24}
+GRPO = PPO | {"adv_estimator": "grpo", "train_batch_size": 4, "rollout_n": 4, "use_kl_loss": True, "kl_loss_coef": 0.05,
+              "kl_loss_type": "full"}
+BF16 = {"dtype": "bfloat16", "ppo_micro_batch_size": 1}  # the same passes in one process and in two: bf16 rounds each
+LAYOUTS = {
+    "zero0": {"zero_stage": 0}, "zero2": {}, "zero3": {"zero_stage": 3},
+    "zero2-offload": {"offload": "optimizer"}, "zero3-offload": {"zero_stage": 3, "offload": "all"}}
+
+
+def environment(**more) -> dict:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2",
+                         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | more
+
+
+class Ranks:
+    """Two processes that are started and watched without a launcher, which would end one when the other ends."""
+
+    def __init__(self, folder: Path, *command: str, **more):
+        shared, self.outputs = environment(**more), [folder / f"rank{i}.txt" for i in range(2)]
+        self.processes = []
+        for i, output in enumerate(self.outputs):
+            with open(output, "w") as file:
+                self.processes.append(subprocess.Popen(
+                    [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, cwd=folder,
+                    env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}))
+
+    def wait(self, seconds: float) -> list[int]:
+        """Exit codes; ranks that do not end in time are killed, and the test fails."""
+        end = time.monotonic() + seconds
+        try:
+            return [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"a rank did not end within {seconds} s:\n{self.text()}")
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def text(self) -> str:
+        return "\n".join(f"--- rank {i}\n{path.read_text()[-3000:]}" for i, path in enumerate(self.outputs))
+
+    def wait_for(self, sign: Path, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not sign.exists():
+            if time.monotonic() > end or any(process.poll() is not None for process in self.processes):
+                self.wait(1)
+                pytest.fail(f"no {sign.name}:\n{self.text()}")
+            time.sleep(0.05)
+
+
+def run_worker(cases: list[dict], folder: Path, seconds: float) -> None:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    ranks = Ranks(folder, str(WORKER), str(folder / "cases.json"), str(folder / "two"))
+    assert ranks.wait(seconds) == [0, 0], ranks.text()
+
+
+def make_rollout(path: Path, settings: dict) -> None:
+    """A rollout of the demo model with ragged lengths and all that an update needs."""
+    config = ppo_llm.Config(**vars(ppo_llm.DEMO) | settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    models, reward = ppo_llm.build_models(tokenizer, config), ppo_llm.load_reward("gsm8k")
+    train, _ = ppo_llm.load_examples(tokenizer, config)
+    examples = [example for example in train[: config.train_batch_size] for _ in range(config.rollout_n)]
+    rollout, _ = ppo_llm.collect_rollout(models, lambda *x: [len(t) % 3 - 1.0 for t in x[1]], examples, 0, 0.05, config)
+    assert reward and len(set(map(len, rollout.responses))) > 3
+    kept = {name: x for name, x in vars(rollout).items() if name in ("prompts", "responses")
+            or isinstance(x, torch.Tensor) and x.dim() == 2}
+    torch.save(kept, path)
+
+
+def distance(one: Path, other: Path, what: str, start: Path | None = None) -> float:
+    """Norm of the difference of all tensors `what` over the norm; with start, its maximum over the largest movement."""
+    a, b = load_file(one), load_file(other)
+    names = [name for name in a if name.endswith(f".{what}")]
+    assert names and set(a) == set(b)
+    if start is None:
+        gap, size = (math.sqrt(sum(x.double().square().sum() for x in xs)) for xs in (
+            [a[n] - b[n] for n in names], [a[n] for n in names]))
+        return gap / size
+    begin = load_file(start)
+    return (max((a[n] - b[n]).abs().max() for n in names) / max((a[n] - begin[n]).abs().max() for n in names)).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same rollouts give the same update.
+
+ONE = {"ppo": PPO, "grpo": GRPO, "ppo-bf16": PPO | BF16, "grpo-bf16": GRPO | BF16, "shared": PPO | {"critic": "shared"},
+       "hard": PPO | {"train_batch_size": 8, "ppo_mini_batch_size": 2, "ppo_epochs": 1}}
+HARD = [{"early_stop_kl": 1e-9}, {"poison": True}, {}]  # a gradient is dropped, a step skipped, then all goes on
+TWO = [(f"{name}-{layout}", name, layout) for name, layouts in {
+    "ppo": ["zero0", "zero2", "zero3"], "grpo": ["zero0", "zero2", "zero3"], "ppo-bf16": ["zero2", "zero3"],
+    "grpo-bf16": ["zero2", "zero3"], "shared": ["zero2", "zero3"], "hard": LAYOUTS}.items() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory) -> Path:
+    """All cases: `one` by ppo_llm.py, `two` by two ranks in one launch."""
+    folder = tmp_path_factory.mktemp("updates")
+    for name in ("ppo", "grpo"):
+        make_rollout(folder / f"{name}.pt", ONE[name])
+    cases = {name: {"name": name, "config": config, "export": name == "ppo", "updates": HARD if name == "hard" else [{}],
+                    "rollout": str(folder / f"{'grpo' if 'grpo' in name else 'ppo'}.pt")}
+             for name, config in ONE.items()}
+    two = [cases[name] | {"name": new, "ranks": LAYOUTS[layout]} for new, name, layout in TWO]
+    two.append(cases["ppo"] | {"name": "dropped", "ranks": {}, "drop": True, "export": False})
+    run_worker(two, folder, 400)
+    with pytest.MonkeyPatch.context() as patch:  # the head's chunks are small in both
+        patch.setattr(ppo_llm, "LOGITS_PER_CHUNK", ppo_llm.LOGITS_PER_CHUNK)
+        multigpu_worker.main(ppo_llm, copy.deepcopy(list(cases.values())), folder / "one")
+    return folder
+
+
+def compare(one: Path, two: Path) -> dict[str, float]:
+    """Relative error of the first gradient and, after 3 steps and at the end, of the weights by how far they moved."""
+    errors = {}
+    for path in one.glob("*_[13l]*.safetensors"):
+        twin, start = two / path.name, path.with_name(path.name.split("_")[0] + "_start.safetensors")
+        assert distance(start, two / start.name, "weight") == 0
+        first = path.stem.endswith("_1")  # after one step AdamW's first mean is 0.1 times the clipped gradient
+        error = distance(path, twin, "exp_avg") if first else distance(path, twin, "weight", start)
+        errors[path.stem] = error
+        assert error <= (1e-5 if first else 0.02), (path.stem, error)
+    assert {x.split("_")[1] for x in errors} == {"1", "3", "last"}
+    return errors
+
+
+@pytest.mark.parametrize(("new", "name", "layout"), TWO)
+def test_two_ranks_take_the_steps_of_one_process(new, name, layout, updates):
+    print(new, {name: f"{error:.1e}" for name, error in compare(updates / "one" / name, updates / "two" / new).items()})
+    ours, theirs = (json.loads((updates / folder / "metrics.json").read_text()) for folder in (f"one/{name}", f"two/{new}"))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-4 if "bf16" not in name else 2e-3, nan_ok=True)
+
+
+def test_a_dropped_micro_batch_does_not_go_unnoticed(updates):
+    with pytest.raises(AssertionError, match="_1"):
+        compare(updates / "one" / "ppo", updates / "two" / "dropped")
+
+
+def test_a_gradient_is_dropped_and_a_step_skipped_where_the_test_says_so(updates):
+    for folder in [updates / "one" / "hard", *(updates / "two").glob("hard-*")]:
+        critic, actor, _, poisoned, *_, last = json.loads((folder / "metrics.json").read_text())
+        assert math.isnan(poisoned["optim/grad_norm"]) or poisoned["optim/skipped_steps"] == 2
+        assert critic["optim/skipped_steps"] == 0 and last["optim/skipped_steps"] == 2
+
+
+def test_the_exported_models_are_whole_and_equal(updates):
+    expected = load_file(updates / "one" / "ppo" / "model" / "model.safetensors")
+    for layout in ("zero0", "zero2", "zero3"):
+        folder = updates / "two" / f"ppo-{layout}" / "model"
+        tensors = load_file(folder / "model.safetensors")
+        assert {name: x.shape for name, x in tensors.items()} == {name: x.shape for name, x in expected.items()}
+        for name, x in tensors.items():
+            assert torch.allclose(x, expected[name], atol=1e-4), name
+        lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        assert "packed" not in (folder / "config.json").read_text()
