@@ -561,7 +561,8 @@ def test_logged_numbers_are_those_of_the_rollouts_tensors(moved):
     valid = rollout.mask > 0
     error, returns = (rollout.returns - rollout.old_values)[valid], rollout.returns[valid]
     expected = {"reward/kl": (sums / lengths).mean(), "reward/kl_sequence": sums.mean(), "reward/kl_coef": 0.05,
-                "reward/score": rollout.scores.mean(), "rollout/response_length": lengths.float().mean(),
+                "reward/score": rollout.scores.mean(), "reward/score_std": rollout.scores.std(correction=0),
+                "rollout/response_length": lengths.float().mean(),
                 "rollout/eos_rate": sum(r[-1] in models.stop_ids for r in rollout.responses) / 16,
                 "value/explained_variance": 1 - error.var() / returns.var()}
     assert {name for name in metrics if "time/" not in name} == set(expected)
