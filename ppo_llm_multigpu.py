@@ -816,7 +816,7 @@ class Engine:
         self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
         self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
         self.cache, self.replays, self.greedy = {}, {}, False
-        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # which moves
+        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # these move
             self.capture()
 
     def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
@@ -1710,6 +1710,6 @@ if __name__ == "__main__":
         print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        phase = traceback.extract_tb(error.__traceback__)[1:3][-1].name  # what main called
-        print(f"{traceback.format_exc()}rank {RANK} failed in {phase}: {error}", file=sys.stderr, flush=True)
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+        print(f"{traceback.format_exc()}rank {RANK} failed in {frames[:3][-1]}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once, without waiting for the other ranks
