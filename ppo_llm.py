@@ -697,11 +697,18 @@ class Learner:
     def drop_gradient(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def export(self, folder: Path, tokenizer) -> None:
-        """A plain Hugging Face folder that AutoModelForCausalLM loads, or peft's folder of the adapter."""
+    def export(self, folder: Path, tokenizer, config: Config) -> None:
+        """A plain Hugging Face folder that AutoModelForCausalLM loads; with LoRA, peft's of the adapter, or both."""
         self.model.select_adapter()
-        self.model.lm.save_pretrained(folder)
+        own = folder.with_name("adapter") if config.merge_lora else folder
+        self.model.lm.save_pretrained(own)
         tokenizer.save_pretrained(folder)
+        if config.merge_lora:
+            from peft import PeftModel
+
+            options = {"dtype": self.model.lm.dtype, "trust_remote_code": config.trust_remote_code}
+            base = AutoModelForCausalLM.from_pretrained(config.model, **options)
+            PeftModel.from_pretrained(base, own).merge_and_unload().save_pretrained(folder)
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
@@ -769,15 +776,6 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
         except ValueError as error:
             raise UsageError(f"lora_target {config.lora_target}: {error}") from error
     lm.selected = names[-1]
-
-
-def merge_adapter(adapter: Path, folder: Path, config: Config) -> None:
-    """A plain Hugging Face folder: the model with the adapter added to its weights."""
-    from peft import PeftModel
-
-    base = load_lm(config.model, AutoModelForCausalLM, replace(config, device="cpu"))
-    PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(folder)
 
 
 def build_critic(num_tokens: int, config: Config) -> Learner:
@@ -1824,9 +1822,7 @@ def main(config: Config) -> None:
             sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
         with whole_weights(models.actor.model):
-            models.actor.export(run_dir / ("adapter" if config.merge_lora else "model"), tokenizer)
-    if config.merge_lora and not config.eval_only:
-        merge_adapter(run_dir / "adapter", run_dir / "model", config)
+            models.actor.export(run_dir / "model", tokenizer, config)
     evaluations = save_summary(run_dir, config, "finished")
     for name in evaluations[0] if evaluations else ():
         print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")

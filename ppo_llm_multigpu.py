@@ -28,24 +28,28 @@ Where this differs from the papers and from other code, on purpose:
 """
 
 import copy
+import difflib
 import faulthandler
 import hashlib
 import importlib
 import inspect
 import json
 import math
+import multiprocessing
 import numbers
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
+import warnings
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -72,7 +76,7 @@ HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
-STRUCTURE = ("critic", "adv_estimator", "dtype")  # options that decide what a checkpoint holds
+STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_target")  # what a checkpoint holds depends on it
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
 STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
@@ -101,12 +105,16 @@ class Config:
     deterministic: bool = False  # only deterministic kernels; slower on a GPU
     # Models
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
-    critic: Literal["separate", "shared"] = "separate"  # a model of its own, or a value head on the policy's trunk
-    critic_model: str | None = None  # weights the separate critic starts from; None: those of the policy
+    critic: Literal["separate", "shared", "adapter"] = "separate"  # own model; head on the policy; own LoRA adapter
+    critic_model: str | None = None  # the separate critic starts from it, head too if a reward model; None: the policy
     value_head_init: Literal["zero", "normal"] = "zero"  # zero: V starts at 0; normal: N(0, 0.02), noise of +-10
     value_pooling: Literal["last", "mean"] = "last"  # the critic reads the last hidden state, or the mean of all so far
     reference: Literal["init", "previous", "mixed"] = "init"  # KL to the start, the policy of this rollout, or mixed
     reference_mix: float = 0.5  # weight of the previous policy in reference mixed
+    lora_rank: int | None = None  # train LoRA adapters of this rank on the frozen policy (pip install peft); None: all
+    lora_alpha: float | None = None  # an adapter counts lora_alpha / lora_rank times; None: twice
+    lora_target: str = "all-linear"  # layers that get one: all-linear (but the output head), or names with commas
+    merge_lora: bool = False  # export a plain model; else the adapter alone
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about 30 % slower
     trust_remote_code: bool = False  # run Python code that comes with a model repository
     # Data
@@ -118,7 +126,10 @@ class Config:
     max_prompt_length: int = 1024  # tokens
     overlong_prompt: Literal["drop", "truncate_left", "error"] = "drop"  # longer training prompts; evaluation truncates
     # Reward
-    reward: str = "gsm8k"  # gsm8k (strict match), or FILE.py:function(prompts, responses, answers) -> floats
+    reward: str = "gsm8k"  # gsm8k (strict match), FILE.py:function(prompts, responses, answers), or a reward model
+    reward_timeout: float = 300.0  # seconds a function may take to score a batch; then its process is killed
+    reward_env: str = ""  # names, with commas, of the environment variables a function may see; it sees no other
+    failed_score: float | None = None  # for responses a function fails on, which are counted; None: end with an error
     reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # where the score goes
     attribution_discount: float = 0.95  # discounted: weight of a token relative to the next one
     missing_eos_penalty: float | None = None  # applied to the score of a response that was cut; None: no rule
@@ -227,10 +238,11 @@ DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=6
 
 def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
-    separate = any(getattr(c, f"critic_{x}") for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split())
+    own = [x for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split() if vars(c)[f"critic_{x}"]]
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
     given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
-    exempt = "seed missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam lam_critic".split()
+    exempt = """seed failed_score missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam
+        lam_critic""".split()
     at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
     may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
         clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples zero_stage""".split()
@@ -245,8 +257,10 @@ def check_config(c: Config) -> None:
          "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
         (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
-        (c.critic == "shared" and separate, "critic shared has one optimizer: only critic_lr applies to its critic"),
-        (not c.uses_critic and separate, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
+        (c.critic == "shared" and own, "critic shared has one optimizer: only critic_lr applies to its critic"),
+        (c.critic == "adapter" and "model" in own, "critic adapter grows on the policy: critic_model does not apply"),
+        ((c.critic == "adapter" or c.merge_lora) and not c.lora_rank, "critic adapter and merge_lora need lora_rank"),
+        (not c.uses_critic and own, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
         (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
          f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
         (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
@@ -308,11 +322,12 @@ def own_rows(rows: list[int], config: Config) -> list[int]:
     return [i % size for i in rows if i // size == RANK]
 
 
-def in_step(passes: Iterable, rollout: "Rollout") -> list:
+def in_step(passes: Iterator, rollout: "Rollout") -> list:
     """The passes, and as many without weight as another rank has more: every backward adds up all ranks' gradients."""
     passes, nothing = list(passes), rollout.take([0])
     nothing = replace(nothing, **{k: torch.zeros_like(x) for k, x in vars(nothing).items() if isinstance(x, Tensor)})
-    return passes + [([], nothing)] * (int(max_over_ranks(len(passes))) - len(passes))
+    most = int(sum_over_ranks(torch.tensor(len(passes)), dist.ReduceOp.MAX))
+    return passes + [([], nothing)] * (most - len(passes))
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
@@ -336,6 +351,7 @@ class Example:
     text: str  # what the user asks
     answer: str  # ground truth; "" where the data set has none
     prompt: list[int]  # token ids, ending where the response begins
+    messages: list[dict] = field(default_factory=list)  # the conversation so far, as a reward model reads it
 
 
 def read_rows(source: str, split: str) -> list[dict]:
@@ -369,7 +385,9 @@ def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, 
     for wanted, usual, must in zip((config.prompt_column, config.answer_column), known, needed, strict=True):
         names.append(wanted or next((name for name in usual if name in columns), ""))
         if names[-1] not in columns and (wanted or must):
-            raise UsageError(f"{source}: no column {wanted or ' or '.join(usual)}; there are {', '.join(columns)}")
+            near = "".join(f" (is it {x}?)" for x in difflib.get_close_matches(wanted or usual[0], columns, n=1))
+            wanted = wanted or " or ".join(usual)
+            raise UsageError(f"{source}: no column {wanted}; there are {', '.join(columns)}{near}")
     return names[0], names[1]
 
 
@@ -406,7 +424,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
         if len(ids) > limit and mode == "error":
             raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
         if len(ids) <= limit or mode == "truncate_left":
-            examples.append(Example(texts[-1], answer, ids[-limit:]))
+            examples.append(Example(texts[-1], answer, ids[-limit:], system + messages))
     if overlong:
         done = "dropped" if mode == "drop" else "truncated on the left"
         warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
@@ -425,7 +443,10 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     if eval_source is None or not (config.eval_every or config.eval_only):
         return train, []
     rows = read_rows(eval_source, "test")[: config.eval_size]
-    return train, make_examples(rows, tokenizer, config, eval_source, training=False)
+    evals = make_examples(rows, tokenizer, config, eval_source, training=False)
+    if common := len({tuple(e.prompt) for e in train} & {tuple(e.prompt) for e in evals}):
+        warn(f"{common} prompts of {config.dataset} are evaluation prompts too")
+    return train, evals
 
 
 def prompt_order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -451,29 +472,190 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
         return 0.0
 
 
-def load_reward(spec: str) -> Callable[[list[str], list[str], list[str]], list[float]]:
-    """reward(prompts, responses, answers) -> scores: the GSM8K rule, or the user's FILE.py:function, which is run."""
-    if spec == "gsm8k":
+REWARD_PROCESS = """
+import json, runpy, sys, traceback
+from multiprocessing.connection import Connection
+number, path, name, *folders = sys.argv[1:]
+pipe, function, sys.path = Connection(int(number)), None, sys.path + folders
+while True:
+    try:
+        columns = json.loads(pipe.recv_bytes())
+    except EOFError:  # the training has ended
+        break
+    try:
+        function = function or runpy.run_path(path).get(name)
+        if not callable(function):
+            raise NameError(f'there is no function {name}')
+        reply = [function(*columns) if columns else None, None]  # arrays and tensors of any library become lists
+        reply = json.dumps(reply, default=lambda x: x.tolist() if hasattr(x, 'tolist') else list(x))
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reply = json.dumps([None, f'{error!r} at {place.filename}:{place.lineno}'])
+    pipe.send_bytes(reply.encode())
+"""
+
+
+def end_process(process: subprocess.Popen) -> None:
+    """Kills a process, and what it started, whatever they are doing."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class RewardFunction:
+    """A user's FILE.py:function in a process of its own, which may hang or die and sees no secrets of this one.
+
+    The function returns a score per response, or (scores, {metric: a number per response}). Raises UsageError.
+    """
+
+    def __init__(self, spec: str, config: Config):
+        self.spec, self.timeout, self.failed_score = spec, config.reward_timeout, config.failed_score
+        self.environment = {name: os.environ[name] for name in config.reward_env.split(",") if name in os.environ}
+        self.end, self.may_fail = None, 0
+        try:
+            self.ask()
+        except RuntimeError as error:
+            raise UsageError(f"reward {spec!r} cannot be loaded: {error}") from error
+
+    def ask(self, *columns: list):
+        """The function's answer; without columns it is only loaded. Raises RuntimeError with what went wrong."""
+        if self.end is None or not self.end.alive:
+            self.pipe, theirs = multiprocessing.Pipe()
+            path, _, name = self.spec.rpartition(":")
+            folders = str(Path(path).resolve().parent), str(HERE)  # what it may import from
+            process = subprocess.Popen(
+                [sys.executable, "-uPc", REWARD_PROCESS, str(theirs.fileno()), path, name, *folders],
+                env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+            theirs.close()
+            self.end = weakref.finalize(self, end_process, process)  # also when self is dropped, and at the exit
+            self.ask()
+        problem = f"no answer within {self.timeout:g} seconds (reward_timeout)"
+        try:
+            self.pipe.send_bytes(json.dumps(columns).encode())
+            if self.pipe.poll(self.timeout):
+                answer, failure = json.loads(self.pipe.recv_bytes())
+                if failure is None:
+                    return answer
+                raise RuntimeError(failure)
+        except (EOFError, OSError):
+            problem = "its process has ended"
+        self.end()
+        raise RuntimeError(problem)
+
+    def __call__(self, *columns: list) -> tuple[list, dict[str, list]]:
+        """Scores, None where the function failed, and further metrics."""
+        self.may_fail = max(1, len(columns[0]) // 10)
+        return self.score(*columns)
+
+    def score(self, *columns: list) -> tuple[list, dict[str, list]]:
+        """Where there is a failed_score, rows that fail are searched for by halving; they must not be many."""
+        count = len(columns[0])
+        try:
+            answer = self.ask(*columns)
+        except RuntimeError as error:
+            self.may_fail -= count == 1
+            if self.failed_score is None or self.may_fail < 0:
+                often = "" if self.failed_score is None else " on more than a tenth of the responses"
+                raise UsageError(f"reward {self.spec} failed{often}, at {columns[1][0][:80]!r}: {error}") from error
+            if count == 1:
+                return [None], {}
+            (scores, metrics), (more, others) = (
+                self.score(*(x[part] for x in columns)) for part in (slice(count // 2), slice(count // 2, None)))
+            return scores + more, {name: metrics.get(name, []) + others.get(name, []) for name in {**metrics, **others}}
+        with_metrics = isinstance(answer, list) and len(answer) == 2 and isinstance(answer[1], dict)
+        scores, metrics = answer if with_metrics else (answer, {})
+        if not isinstance(scores, list) or len(scores) != count:
+            raise UsageError(f"reward {self.spec} must return {count} scores, one per response, not {str(scores):.60}")
+        return scores, metrics
+
+
+def conversation_ids(tokenizer, messages: list[dict], limit: int) -> list[int]:
+    """Token ids of a conversation whose last message is the assistant's; beyond limit, the first ones are dropped."""
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, return_dict=False)[-limit:]
+    ids, eos = tokenizer("\n".join(message["content"] for message in messages)).input_ids, tokenizer.eos_token_id
+    return (ids if eos is None or ids[-1:] == [eos] else [*ids, eos])[-limit:]
+
+
+def score_conversations(model: nn.Module, sequences: list[list[int]], batch_size: int) -> Tensor:
+    """Scores [B] in fp32 of token sequences by a sequence-classification model; similar lengths share a batch."""
+    order, scores = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
+    for start in range(0, len(order), batch_size):
+        rows = [torch.tensor(sequences[i]) for i in order[start : start + batch_size]]
+        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})  # a decoder's head reads the last token
+        model.config.get_text_config().pad_token_id = pad  # that is not this one: no row may end with it
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(model.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
+        scores.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
+    return torch.cat(scores)[torch.tensor(order).argsort().to(model.device)]
+
+
+def is_reward_model(name: str, config: Config) -> bool:
+    """Whether a model has a score head instead of an output head. Raises UsageError if it has several scores."""
+    try:
+        lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError):
+        return False
+    is_classifier = "SequenceClassification" in str(lm_config.architectures)
+    if is_classifier and lm_config.num_labels != 1:
+        raise UsageError(f"{name} has {lm_config.num_labels} outputs, a reward model has one")
+    return is_classifier
+
+
+class RewardModel:
+    """A sequence-classification model with one output, which reads conversations with its own tokenizer."""
+
+    def __init__(self, name: str, config: Config):
+        self.lm = load_lm(name, transformers.AutoModelForSequenceClassification, config)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**20)
+        self.limit, self.budget = min(context, self.tokenizer.model_max_length), config.micro_batch_tokens
+        probes = ["Yes.", "No, not at all.", "I do not know what you mean.", "42 is the answer to all of this."]
+        scores, _ = self([[{"role": "user", "content": "Is it so?"}]] * len(probes), probes, [])
+        print(f"reward model: {name}, {self.limit} tokens (beginnings that exceed them are dropped), every response"
+              f" ended by its chat template or eos; four different responses score {scores}")
+        if len(set(scores)) == 1:
+            warn(f"reward model {name} gives the same score to four different responses")
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[list[dict]], responses: list[str], answers: list[str]) -> tuple[list, dict]:
+        """Scores; and which conversations had to be cut."""
+        talks = [p + [{"role": "assistant", "content": r}] for p, r in zip(prompts, responses, strict=True)]
+        ids = [conversation_ids(self.tokenizer, messages, self.limit + 1) for messages in talks]
+        longest = min(max(map(len, ids)), self.limit)
+        scores = score_conversations(self.lm, [x[-self.limit :] for x in ids], max(1, self.budget // longest))
+        return scores.tolist(), {"truncated": [float(len(x) > self.limit) for x in ids]}
+
+
+def load_reward(config: Config) -> Callable:
+    """reward(prompts, responses, answers) -> scores, or scores and metrics. Raises UsageError."""
+    if config.reward == "gsm8k":
         return lambda prompts, responses, answers: list(map(score_gsm8k_strict, responses, answers))
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not Path(path).is_file():
-        raise UsageError(f"reward {spec!r} is neither gsm8k nor FILE.py:function with an existing file")
-    function = runpy.run_path(path).get(name)
-    if not callable(function):
-        raise UsageError(f"reward {spec!r}: {path} has no function {name!r}")
-    return function
+    if Path(config.reward.rpartition(":")[0]).is_file():
+        return RewardFunction(config.reward, config)
+    if is_reward_model(config.reward, config):
+        return RewardModel(config.reward, config)
+    raise UsageError(f"reward {config.reward!r} is neither gsm8k, nor FILE.py:function of a file that exists, nor a"
+                     " sequence-classification model")
 
 
-def score_responses(reward: Callable, examples: list[Example], texts: list[str]) -> Tensor:
-    """Scores [B]. Raises UsageError naming the row for which the reward returned no finite number."""
-    scores = reward([e.text for e in examples], texts, [e.answer for e in examples])
-    scores = list(scores) if isinstance(scores, Iterable) else [scores]
-    if len(scores) != len(texts):
-        raise UsageError(f"the reward returned {len(scores)} scores for {len(texts)} responses: {str(scores):.60}")
-    for row, score in enumerate(scores):
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise UsageError(f"the reward returned {score!r} for row {row}, response {texts[row][:80]!r}")
-    return torch.tensor([float(score) for score in scores])
+def score_responses(
+    reward: Callable, examples: list[Example], texts: list[str], failed_score: float | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores [B], and the means of what else the reward measures. Raises UsageError naming a row without a number."""
+    prompts = [e.messages if isinstance(reward, RewardModel) else e.text for e in examples]
+    scores = reward(prompts, texts, [e.answer for e in examples])
+    scores, metrics = scores if isinstance(scores, tuple) else (scores, {})
+    failed = [row for row, x in enumerate(scores) if not isinstance(x, numbers.Real) or not math.isfinite(x)]
+    if failed and failed_score is None:
+        row = failed[0]
+        raise UsageError(f"the reward returned {scores[row]!r} for row {row}, response {texts[row][:80]!r}")
+    if failed_score is not None:
+        metrics = metrics | {"failed": [row in failed for row in range(len(scores))]}
+    means = {}
+    for name in union_over_ranks(list(metrics)):
+        x = torch.tensor(metrics.get(name, []), dtype=torch.float64)
+        means[name] = masked_mean(x, torch.ones_like(x))
+    return torch.tensor([float(failed_score if row in failed else x) for row, x in enumerate(scores)]), means
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -485,10 +667,13 @@ class LanguageModel(nn.Module):
     The head has the dtype of the other weights, and so an fp32 master where they have one; it computes in fp32.
     """
 
-    def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config):
+    def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config, adapter: str | None = None):
         super().__init__()
         self.lm, self.num_tokens, self.pooling, self.value_head = lm, num_tokens, config.value_pooling, None
-        self.own_attention, self.packs, self.engine = lm.config._attn_implementation, True, None
+        self.adapter = adapter  # the LoRA adapter it computes with, on a trunk that others may share; None: none
+        self.chooses = adapter != "critic" and lm.get_output_embeddings() is not None  # has token log-probs
+        self.packs, self.engine = True, None
+        self.own_attention = lm.own_attention = getattr(lm, "own_attention", lm.config._attn_implementation)
         AttentionInterface.register("packed", packed_attention)
         lm.set_attn_implementation("packed")
         if with_values:
@@ -497,8 +682,18 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
 
+    def select_adapter(self) -> None:
+        """Makes the trunk compute with this model's adapter, the only one that gets a gradient, or with none."""
+        if getattr(self.lm, "selected", self.adapter) == self.adapter:
+            return
+        self.lm.selected = self.adapter
+        self.lm.enable_adapters() if self.adapter else self.lm.disable_adapters()
+        if self.adapter:
+            self.lm.set_adapter(self.adapter)
+
     def hidden(self, ids: Tensor, packed: "Packed") -> Tensor:
         """Last hidden states [N, H] of packed token ids [N]."""
+        self.select_adapter()
         if self.packs:
             inputs = {"input_ids": ids[None], "position_ids": packed.position[None], "use_cache": False}
             return self.lm.base_model(**inputs, packed=packed).last_hidden_state[0]
@@ -533,8 +728,10 @@ class Learner:
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
         self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        self.weights = self.masters = list(model.parameters())  # masters and sums are DeepSpeed's, and fp32
-        body = len(list(model.lm.parameters()))  # the value head comes after it, with its own learning rate
+        model.select_adapter()
+        self.weights = [w for w in model.parameters() if w.requires_grad]
+        self.masters = self.weights  # masters and sums are DeepSpeed's, and fp32
+        body = sum(w.requires_grad for w in model.lm.parameters())  # then the value head, with its own learning rate
         groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.stage, ds_config = config.zero_stage, deepspeed_config(config, model.lm.dtype)
@@ -555,6 +752,7 @@ class Learner:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of loss to what has been collected since the last step."""
+        self.model.select_adapter()  # a pass of the reference may have come between: checkpointing computes again
         self.engine.backward(self.engine(loss * WORLD))  # DeepSpeed takes the mean of the ranks' gradients
 
     def clip_gradient(self) -> Tensor:
@@ -585,12 +783,20 @@ class Learner:
             zero = self.optimizer
             zero.averaged_gradients, zero.all_grad_tensors, zero.micro_step_id = {}, {}, -1
 
-    def export(self, folder: Path, tokenizer) -> None:
-        """A plain Hugging Face folder that AutoModelForCausalLM loads."""
+    def export(self, folder: Path, tokenizer, config: Config) -> None:
+        """A plain Hugging Face folder that AutoModelForCausalLM loads; with LoRA, peft's of the adapter, or both."""
         if RANK:
             return
-        self.model.lm.save_pretrained(folder)
+        self.model.select_adapter()
+        own = folder.with_name("adapter") if config.merge_lora else folder
+        self.model.lm.save_pretrained(own)
         tokenizer.save_pretrained(folder)
+        if config.merge_lora:
+            from peft import PeftModel
+
+            options = {"dtype": self.model.lm.dtype, "trust_remote_code": config.trust_remote_code}
+            base = AutoModelForCausalLM.from_pretrained(config.model, **options)
+            PeftModel.from_pretrained(base, own).merge_and_unload().save_pretrained(folder)
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
@@ -664,6 +870,34 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     return lm.to(device).eval()
 
 
+def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
+    """LoRA (arXiv:2106.09685): beside every target layer W x, alpha / rank * B (A x) with B = 0 at the start."""
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)  # peft initialises A from the global generator
+    targets = config.lora_target if config.lora_target == "all-linear" else config.lora_target.split(",")
+    for name in names:
+        alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # peft's, that there are two of them
+                lm.add_adapter(lora, name)
+        except ValueError as error:
+            raise UsageError(f"lora_target {config.lora_target}: {error}") from error
+    lm.selected = names[-1]
+
+
+def build_critic(num_tokens: int, config: Config) -> Learner:
+    """The separate critic. A reward model keeps its score head as the value head."""
+    name = config.critic_model or config.model
+    scores = is_reward_model(name, config)
+    lm = load_lm(name, transformers.AutoModelForSequenceClassification if scores else AutoModel, config)
+    critic = LanguageModel(lm.base_model, num_tokens, True, config)
+    if scores:
+        critic.value_head.load_state_dict(lm.score.state_dict(), strict=False)  # it may have no bias: that stays 0
+    return Learner(critic, config.critic_lr, config.critic_lr, config)
+
+
 def build_models(tokenizer, config: Config) -> Models:
     lm = load_lm(config.model, AutoModelForCausalLM, config)
     num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows too many
@@ -671,15 +905,22 @@ def build_models(tokenizer, config: Config) -> Models:
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
     reference = critic = None
+    own_critic = config.uses_critic and config.critic != "shared" and not config.eval_only
+    if config.lora_rank:
+        add_adapters(lm, ["policy"] + ["critic"] * (own_critic and config.critic == "adapter"), config)
     if config.kl_coef and config.reference != "previous" and not config.eval_only:
-        reference = LanguageModel(copy.deepcopy(lm).requires_grad_(False), num_tokens, False, config)
+        frozen = lm if config.lora_rank else copy.deepcopy(lm).requires_grad_(False)
+        reference = LanguageModel(frozen, num_tokens, False, config)
     if reference and config.zero_stage == 3:
         import deepspeed
         deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
-    if config.uses_critic and config.critic == "separate" and not config.eval_only:
-        trunk = load_lm(config.critic_model or config.model, AutoModel, config)
-        critic = Learner(LanguageModel(trunk, num_tokens, True, config), config.critic_lr, config.critic_lr, config)
-    policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config)
+    if own_critic and config.critic == "separate":
+        critic = build_critic(num_tokens, config)
+    elif own_critic:
+        trunk = LanguageModel(lm, num_tokens, True, config, "critic")
+        critic = Learner(trunk, config.critic_lr, config.critic_lr, config)
+    with_values, adapter = config.uses_critic and config.critic == "shared", "policy" if config.lora_rank else None
+    policy = LanguageModel(lm, num_tokens, with_values, config, adapter)
     return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
 
 
@@ -816,7 +1057,7 @@ class Engine:
         self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
         self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
         self.cache, self.replays, self.greedy = {}, {}, False
-        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # which moves
+        if device.type == "cuda" and model.packs and not hasattr(next(model.parameters()), "ds_id"):  # these move
             self.capture()
 
     def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
@@ -935,8 +1176,11 @@ def sum_over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     return total.to(x.device)
 
 
-def max_over_ranks(x: float) -> float:
-    return sum_over_ranks(torch.tensor(float(x)), dist.ReduceOp.MAX).item()
+def union_over_ranks(names: list[str]) -> list[str]:
+    """All names that a rank has, sorted: what a reward measures may depend on the responses."""
+    everyone = [names] * WORLD
+    dist.all_gather_object(everyone, names)
+    return sorted({name for names in everyone for name in names})
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -1161,7 +1405,7 @@ def forward(
             read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
         weight, bias = model.value_head.weight.float(), model.value_head.bias.float()
         values = tokens.pad(nn.functional.linear(read[chosen], weight, bias).squeeze(-1))
-    if not token_head or model.lm.get_output_embeddings() is None:  # the separate critic has none
+    if not (token_head and model.chooses):
         return [None, None, values, None]
     with torch.no_grad():
         ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(chosen), 0)
@@ -1260,7 +1504,8 @@ def collect_rollout(
     mask, sampled = rollout.mask, rollout.old_logprobs
     lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
     rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
-    rollout.scores = score_responses(reward, examples, rollout.texts).to(mask.device)
+    scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
+    rollout.scores = scores.to(mask.device)
     rounded = policy.lm.dtype != torch.float32 and not config.on_policy
     if rounded or policy.value_head is not None:
         logprobs, _, rollout.old_values, _ = score_tokens(policy, rollout, config, token_head=rounded)
@@ -1281,7 +1526,10 @@ def collect_rollout(
     rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
-    metrics |= {"reward/score": masked_mean(rollout.scores, everyone),
+    metrics |= {f"reward/{name}": x for name, x in measured.items()}
+    mean_score = masked_mean(rollout.scores, everyone)
+    metrics |= {"reward/score": mean_score,
+                "reward/score_std": masked_mean((rollout.scores - mean_score).square(), everyone).sqrt(),
                 "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
                 "rollout/response_length": masked_mean(lengths, everyone)}
     return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
@@ -1293,17 +1541,18 @@ def distance_from_plain(model: LanguageModel, prompts: list[list[int]], stop_ids
 
     For a critic: the relative distance of its hidden states.
     """
-    lm, c = model.lm, replace(c, max_response_length=8, temperature=1.0)
-    attention, policy, responses = lm.config._attn_implementation, lm.get_output_embeddings() is not None, prompts
-    if policy:
+    lm, c = model.lm, replace(c, max_response_length=8, temperature=1.0, rollout_slots=len(prompts))
+    attention, responses = lm.config._attn_implementation, prompts
+    if model.chooses:
         responses, sampled = generate(model, prompts, stop_ids, c, seeded(lm.device, "check"))
     sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
     ids, packed = pack(sequences, lm.device)
     states = model.hidden(ids, packed)
     lm.set_attn_implementation(model.own_attention)
-    plain = torch.cat([lm(torch.tensor([x], device=lm.device))[0][0].float() for x in sequences])  # logits, or states
+    net = lm if model.chooses else lm.base_model  # gives logits, or states
+    plain = torch.cat([net(torch.tensor([x], device=lm.device))[0][0].float() for x in sequences])
     lm.set_attn_implementation(attention)
-    if not policy:
+    if not model.chooses:
         return ((states - plain).norm() / plain.norm()).item()
     plain = plain[:, : model.num_tokens].softmax(-1)
     gap = (model.logits(states, 1.0).softmax(-1) - plain).abs().max()
@@ -1324,7 +1573,7 @@ def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[i
         model.lm.set_attn_implementation(attention)
         model.packs, model.engine = packs, None
         try:
-            found = distance_from_plain(model, prompts, stop_ids, c)
+            found, model.engine = distance_from_plain(model, prompts, stop_ids, c), None
             if found <= tolerance:
                 return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
         except Exception as error:  # an unknown architecture may raise anything; the second way decides
@@ -1421,7 +1670,7 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
             history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, c))
             if actor and len(history) == 1:
                 gaps = ((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs()
-                first = 1 + max_over_ranks(gaps.max() if batch else 0)
+                first = 1 + sum_over_ranks(gaps.max() if batch else torch.tensor(0.0), dist.ReduceOp.MAX).item()
             if history[-1]["stopped"]:
                 break
         if held_out:
@@ -1447,8 +1696,10 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
-    rollout.scores = scores = score_responses(reward, examples, rollout.texts).double()
-    columns, metrics = {"score": scores}, {}
+    scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
+    rollout.scores = scores = scores.double()
+    metrics = {f"eval/{name}": x for name, x in measured.items()}
+    columns = {"score": scores}
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
         columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
@@ -1474,11 +1725,11 @@ def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dic
 
 
 METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible eval/standard_error_flexible
-    reward/score reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac policy/clipfrac_lower
-    policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac value/explained_variance
-    rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr optim/grad_norm
-    optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor time/update_critic
-    time/tokens_per_second""".split()
+    reward/score reward/score_std reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac
+    policy/clipfrac_lower policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac
+    value/explained_variance rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr
+    optim/grad_norm optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor
+    time/update_critic time/tokens_per_second""".split()
 CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
     value/explained_variance rollout/response_length""".split()
 
@@ -1490,6 +1741,7 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
     for wrong, sentence in (
         (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
         (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
+        (step == 4 and m["reward/score_std"] == 0, "all responses get the same score: there is nothing to learn from"),
         (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
         (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
         (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
@@ -1506,8 +1758,13 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     if RANK:
         return
     metrics = {name: float(x) for name, x in metrics.items()}
-    row = pandas.DataFrame([{"step": step} | metrics], columns=METRICS)
-    row.to_csv(run_dir / "training_metrics.csv", mode="a", header=False, index=False)
+    path = run_dir / "training_metrics.csv"
+    columns = pandas.read_csv(path, nrows=0).columns.tolist()
+    if new := [name for name in metrics if name not in columns]:  # what a reward measures is known when it has run
+        columns += new
+        pandas.read_csv(path, float_precision="round_trip").reindex(columns=columns).to_csv(path, index=False)
+    row = pandas.DataFrame([{"step": step} | metrics], columns=columns)
+    row.to_csv(path, mode="a", header=False, index=False)
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
@@ -1614,22 +1871,28 @@ def prepare(config: Config) -> tuple:
     check_config(config)
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
     transformers.utils.logging.disable_progress_bar()
-    length = config.max_prompt_length + config.max_response_length
+    length, known = config.max_prompt_length + config.max_response_length, []
     try:
         for name in filter(None, (config.critic_model, config.model)):
             lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
             context = getattr(lm_config, "max_position_embeddings", length)
+            known.append(lm_config.vocab_size)
             if length > context:
                 raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
         raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
+    if known[0] < min(len(tokenizer), known[-1]):
+        raise UsageError(f"critic_model {config.critic_model} knows {known[0]} tokens, the policy {known[-1]}")
+    is_reward_model(config.critic_model or config.model, config)  # refuses a classifier of several classes
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
+        importlib.import_module("peft" if config.lora_rank else "transformers")
     except ImportError as error:
-        raise UsageError(f"track {config.track}: pip install {config.track}") from error
-    return tokenizer, load_reward(config.reward), *load_examples(tokenizer, config), tracker
+        raise UsageError(f"an option needs a package that is missing: pip install {error.name}") from error
+    train, evals = load_examples(tokenizer, config)
+    return tokenizer, load_reward(config), train, evals, tracker
 
 
 def main(config: Config) -> None:
@@ -1692,7 +1955,7 @@ def main(config: Config) -> None:
             sys.exit(128 + signal.SIGTERM)
     if not config.eval_only:
         with whole_weights(models.actor.model):
-            models.actor.export(run_dir / "model", tokenizer)
+            models.actor.export(run_dir / "model", tokenizer, config)
     evaluations = save_summary(run_dir, config, "finished")
     for name in evaluations[0] if evaluations else ():
         print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")
@@ -1710,6 +1973,6 @@ if __name__ == "__main__":
         print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
-        phase = traceback.extract_tb(error.__traceback__)[1:3][-1].name  # what main called
-        print(f"{traceback.format_exc()}rank {RANK} failed in {phase}: {error}", file=sys.stderr, flush=True)
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]
+        print(f"{traceback.format_exc()}rank {RANK} failed in {frames[:3][-1]}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once, without waiting for the other ranks

@@ -77,10 +77,10 @@ def run_updates(module, case: dict, folder: Path) -> None:
 
 
 def run_main(module, case: dict, folder: Path) -> None:
-    """Whole runs, one after the other; a usage error is written down."""
+    """Whole runs, one after the other."""
     for changes in case["runs"]:
-        config = dataclasses.replace(module.DEMO, **changes, output_dir=str(folder / changes.pop("run", "run")))
-        module.main(config)
+        run_dir = str(folder / changes.pop("run"))
+        module.main(dataclasses.replace(module.DEMO, **changes, output_dir=run_dir))
 
 
 def main(module, cases: list[dict], folder: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import multigpu_worker
 import pytest
 import torch
 import transformers
+from conftest import read_log
 from safetensors.torch import load_file
 
 import ppo_llm
@@ -130,9 +132,10 @@ def updates(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("updates")
     for name in ("ppo", "grpo"):
         make_rollout(folder / f"{name}.pt", ONE[name])
-    cases = {name: {"name": name, "config": config, "export": name == "ppo", "updates": HARD if name == "hard" else [{}],
-                    "rollout": str(folder / f"{'grpo' if 'grpo' in name else 'ppo'}.pt")}
-             for name, config in ONE.items()}
+    cases = {name: {"name": name, "config": config, "export": name == "ppo", "rollout": str(folder / "ppo.pt"),
+                    "updates": HARD if name == "hard" else [{}]} for name, config in ONE.items()}
+    for name in ("grpo", "grpo-bf16"):
+        cases[name]["rollout"] = str(folder / "grpo.pt")
     two = [cases[name] | {"name": new, "ranks": LAYOUTS[layout]} for new, name, layout in TWO]
     two.append(cases["ppo"] | {"name": "dropped", "ranks": {}, "drop": True, "export": False})
     run_worker(two, folder, 400)
@@ -159,7 +162,7 @@ def compare(one: Path, two: Path) -> dict[str, float]:
 @pytest.mark.parametrize(("new", "name", "layout"), TWO)
 def test_two_ranks_take_the_steps_of_one_process(new, name, layout, updates):
     print(new, {name: f"{error:.1e}" for name, error in compare(updates / "one" / name, updates / "two" / new).items()})
-    ours, theirs = (json.loads((updates / folder / "metrics.json").read_text()) for folder in (f"one/{name}", f"two/{new}"))
+    ours, theirs = (json.loads((updates / x / "metrics.json").read_text()) for x in (f"one/{name}", f"two/{new}"))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4 if "bf16" not in name else 2e-3, nan_ok=True)
 
@@ -187,3 +190,137 @@ def test_the_exported_models_are_whole_and_equal(updates):
         lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
         assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
         assert "packed" not in (folder / "config.json").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs: the same command on one rank or two; checkpoints; the launchers.
+
+RUN = {"total_steps": 3, "train_batch_size": 8, "ppo_mini_batch_size": 4, "eval_size": 5, "eval_every": 2, "lr": 1e-4,
+       "save_every": 1, "save_total_limit": 9, "seed": 3, "device": "cpu", "print_samples": 1}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Three steps by one process and by two ranks, and runs of two ranks that go on from checkpoints of each other."""
+    folder = tmp_path_factory.mktemp("runs")
+    multigpu_worker.main(ppo_llm, [{"name": "one", "runs": [RUN | {"run": "straight"}]}], folder)
+    foreign = str(folder / "one" / "straight" / "checkpoints" / "step_2")
+    own = str(folder / "two" / "runs" / "zero3" / "checkpoints" / "step_2")
+    two = [{"run": "zero2"}, {"run": "zero3", "zero_stage": 3}, {"run": "again3", "zero_stage": 3, "resume": own},
+           {"run": "again2", "resume": own}, {"run": "again0", "zero_stage": 0, "resume": own},
+           {"run": "foreign", "resume": foreign}]
+    run_worker([{"name": "runs", "runs": [RUN | changes for changes in two]}], folder, 400)
+    multigpu_worker.main(ppo_llm, [{"name": "one", "runs": [RUN | {"run": "again", "resume": own}]}], folder)
+    return folder
+
+
+def last_checkpoint(run: Path) -> Path:
+    return run / "checkpoints" / "step_3"
+
+
+@pytest.mark.parametrize("run", ["zero2", "zero3"])
+def test_the_same_command_gives_the_same_run_on_one_rank_and_on_two(run, runs):
+    one, two = (read_log(x) for x in (runs / "one" / "straight", runs / "two" / "runs" / run))
+    assert [row["step"] for row in two] == [0, 1, 2, 3]
+    for mine, other in zip(one, two, strict=True):
+        assert set(mine) == set(other)
+        for name in (name for name in mine if not name.startswith("time/")):
+            assert mine[name] == pytest.approx(other[name], rel=1e-3, abs=1e-4), (mine["step"], name)
+
+
+def test_a_resumed_run_of_the_same_ranks_is_exact(runs):
+    two = runs / "two" / "runs"
+    for role in ("actor", "critic"):
+        a, b = (load_file(last_checkpoint(two / run) / f"{role}.safetensors") for run in ("zero3", "again3"))
+        assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("run", ["two/runs/again2", "two/runs/again0", "two/runs/foreign", "one/again"])
+def test_a_checkpoint_goes_on_under_another_stage_or_number_of_ranks(run, runs):
+    expected, start = runs / "two" / "runs" / "zero3" / "checkpoints" / "step_3", runs / "one" / "straight"
+    for role in ("actor", "critic"):
+        files = [x / f"{role}.safetensors" for x in (expected, last_checkpoint(runs / run))]
+        assert distance(*files, "weight", start / "checkpoints" / "step_1" / f"{role}.safetensors") <= 0.02
+        assert distance(*files, "exp_avg") <= 1e-3
+
+
+def test_the_state_a_checkpoint_gives_back_is_what_it_holds(runs):
+    tensors = load_file(runs / "two" / "runs" / "zero3" / "checkpoints" / "step_2" / "actor.safetensors")
+    shapes = {name.removesuffix(".weight"): x.shape for name, x in tensors.items() if name.endswith(".weight")}
+    for i, shape in shapes.items():
+        assert tensors[f"{i}.exp_avg"].shape == tensors[f"{i}.exp_avg_sq"].shape == shape and shape.numel()
+        assert tensors[f"{i}.step"] == 8  # 2 steps of 2 epochs of 2 mini-batches
+
+
+def test_the_launcher_runs_the_demo_without_arguments_but_its_sizes(tmp_path):
+    command = [shutil.which("deepspeed"), "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
+    flags = "--total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --output_dir run".split()
+    done = subprocess.run([*command, str(ROOT / "ppo_llm_multigpu.py"), *flags], cwd=tmp_path, timeout=180,
+                          capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1] and done.stdout.count("step 1:") == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resume_command"].startswith("deepspeed ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults, without a launcher that would end the others.
+
+REWARD = """
+import os, pathlib, time
+def reward(prompts, responses, answers):
+    rank, here = os.environ["RANK"], pathlib.Path({folder!r})
+    (here / f"scoring{{rank}}").touch()
+    while {wait}:
+        time.sleep(0.05)
+    if {fail}:
+        raise ValueError("no score today")
+    return [float(len(response)) for response in responses]
+"""
+
+
+def start(folder: Path, *flags: str, wait: str = "False", fail: str = "False") -> Ranks:
+    (folder / "reward.py").write_text(REWARD.format(folder=str(folder), wait=wait, fail=fail))
+    common = "--total_steps 3 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --device cpu --output_dir run"
+    command = str(ROOT / "ppo_llm_multigpu.py"), *common.split(), "--reward", f"{folder}/reward.py:reward"
+    return Ranks(folder, *command, *flags)
+
+
+def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(tmp_path):
+    ranks = start(tmp_path, wait="rank == '1'")
+    ranks.wait_for(tmp_path / "scoring1", 180)
+    ranks.processes[1].kill()
+    assert ranks.wait(150) == [1, -signal.SIGKILL]
+    assert "rank 0 failed in collect_rollout" in ranks.text()
+
+
+def test_when_a_rank_is_stuck_all_end_at_the_deadline_and_show_where(tmp_path):
+    ranks = start(tmp_path, "--dist_timeout", "20", wait="rank == '1'")
+    assert ranks.wait(180) == [1, 1]
+    assert "rank 0 failed in collect_rollout" in ranks.text()
+    assert "in reward" in ranks.outputs[1].read_text() and "in collect_rollout" in ranks.outputs[1].read_text()
+
+
+def test_an_error_in_the_reward_of_one_rank_ends_all(tmp_path):
+    ranks = start(tmp_path, fail="rank == '0'")
+    assert ranks.wait(120) == [1, 1]
+    assert "rank 0 failed in collect_rollout: no score today" in ranks.text()
+    assert "rank 1 failed in collect_rollout" in ranks.text()
+
+
+def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_from_there(tmp_path):
+    ranks = start(tmp_path, wait="not (here / 'go').exists()")
+    ranks.wait_for(tmp_path / "scoring1", 180)
+    ranks.processes[1].send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
+    assert ranks.wait(150) == [143, 143], ranks.text()
+    assert [path.name for path in ppo_llm.checkpoints(tmp_path / "run")] == ["step_1"]
+    assert start(tmp_path).wait(180) == [0, 0]
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_size_that_the_ranks_cannot_share_is_one_sentence(tmp_path):
+    ranks = start(tmp_path, "--train_batch_size", "5", "--ppo_mini_batch_size", "5")
+    assert sorted(ranks.wait(120)) in ([1, 2], [2, 2])
+    assert "error: train_batch_size = 5 must divide by the 2 ranks" in ranks.outputs[0].read_text()
+    assert not (tmp_path / "run").exists()
