@@ -720,6 +720,7 @@ class Learner:
         self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
 
     def save(self, path: Path) -> None:
+        self.model.select_adapter()  # DeepSpeed knows only weights that require a gradient
         tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
         for i in range(len(self.weights)):
             tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
@@ -728,6 +729,7 @@ class Learner:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
+        self.model.select_adapter()
         tensors, states = load_file(path), defaultdict(dict)
         self.skipped_steps = int(tensors.pop("skipped_steps"))
         for name, x in tensors.items():

@@ -71,7 +71,7 @@ def run_updates(module, case: dict, folder: Path) -> None:
         learner.save(folder / f"{role}_last.safetensors")
     if case.get("export"):
         with module.whole_weights(models.actor.model):
-            models.actor.export(folder / "model", tokenizer)
+            models.actor.export(folder / "model", tokenizer, config)
     if not getattr(module, "RANK", 0):
         (folder / "metrics.json").write_text(json.dumps(metrics))
 

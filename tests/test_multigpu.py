@@ -92,11 +92,11 @@ def make_rollout(path: Path, settings: dict) -> None:
     """A rollout of the demo model with ragged lengths and all that an update needs."""
     config = ppo_llm.Config(**vars(ppo_llm.DEMO) | settings)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
-    models, reward = ppo_llm.build_models(tokenizer, config), ppo_llm.load_reward("gsm8k")
+    models = ppo_llm.build_models(tokenizer, config)
     train, _ = ppo_llm.load_examples(tokenizer, config)
     examples = [example for example in train[: config.train_batch_size] for _ in range(config.rollout_n)]
     rollout, _ = ppo_llm.collect_rollout(models, lambda *x: [len(t) % 3 - 1.0 for t in x[1]], examples, 0, 0.05, config)
-    assert reward and len(set(map(len, rollout.responses))) > 3
+    assert len(set(map(len, rollout.responses))) > 3
     kept = {name: x for name, x in vars(rollout).items() if name in ("prompts", "responses")
             or isinstance(x, torch.Tensor) and x.dim() == 2}
     torch.save(kept, path)
@@ -118,12 +118,15 @@ def distance(one: Path, other: Path, what: str, start: Path | None = None) -> fl
 # ---------------------------------------------------------------------------------------------------------------------
 # The same rollouts give the same update.
 
-ONE = {"ppo": PPO, "grpo": GRPO, "ppo-bf16": PPO | BF16, "grpo-bf16": GRPO | BF16, "shared": PPO | {"critic": "shared"},
+LORA = PPO | {"lora_rank": 8, "critic": "adapter", "lr": 1e-3}
+ONE = {"ppo": PPO, "grpo": GRPO, "lora": LORA, "ppo-bf16": PPO | BF16, "grpo-bf16": GRPO | BF16,
+       "lora-bf16": LORA | BF16, "shared": PPO | {"critic": "shared"},
        "hard": PPO | {"train_batch_size": 8, "ppo_mini_batch_size": 2, "ppo_epochs": 1}}
 HARD = [{"early_stop_kl": 1e-9}, {"poison": True}, {}]  # a gradient is dropped, a step skipped, then all goes on
 TWO = [(f"{name}-{layout}", name, layout) for name, layouts in {
     "ppo": ["zero0", "zero2", "zero3"], "grpo": ["zero0", "zero2", "zero3"], "ppo-bf16": ["zero2", "zero3"],
-    "grpo-bf16": ["zero2", "zero3"], "shared": ["zero2", "zero3"], "hard": LAYOUTS}.items() for layout in layouts]
+    "grpo-bf16": ["zero2", "zero3"], "lora": ["zero0", "zero2", "zero3"], "lora-bf16": ["zero2", "zero3"],
+    "shared": ["zero2", "zero3"], "hard": LAYOUTS}.items() for layout in layouts]
 
 
 @pytest.fixture(scope="module")
