@@ -237,8 +237,9 @@ N tokens of one rank = prompts * (prompt + response) / W, rows of one rank = pro
 |---|---|---|---|---|---|---|---|---|
 {timed}
 
-{too_large} is left out: it does not fit. What limits: with few rows per rank a decode step costs as much as with many, so the rollout stops getting shorter, and
-between machines the fp32 gradients outweigh the passes. More GPUs want more prompts per step, not the same divided.
+{too_large} is left out: it does not fit. What limits: with few rows per rank a decode step costs as much as with
+many, so the rollout stops getting shorter, and between machines the fp32 gradients outweigh the passes. More GPUs want
+more prompts per step, not the same divided.
 """
 
 
@@ -248,8 +249,8 @@ def main() -> None:
     text = TEXT.format(
         weights=counts["weights"], counted="\n".join(count_table(counts)), memory="\n".join(memory_table()),
         estimated="\n".join(estimator_table()), timed="\n".join(time_table()), slots=SLOTS, context=CONTEXT,
-        tokens=TOKENS, prompts=PROMPTS, prompt=PROMPT, response=RESPONSE, mini_batches=MINI_BATCHES, flops=FLOPS / 1e12, too_large=TOO_LARGE,
-        hbm=HBM / 1e12, nvlink=NVLINK / 1e9, network=NETWORK / 1e9)
+        tokens=TOKENS, prompts=PROMPTS, prompt=PROMPT, response=RESPONSE, mini_batches=MINI_BATCHES, flops=FLOPS / 1e12,
+        too_large=TOO_LARGE, hbm=HBM / 1e12, nvlink=NVLINK / 1e9, network=NETWORK / 1e9)
     (ROOT / "docs" / "scaling.md").write_text(text)
 
 
