@@ -408,8 +408,13 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
 
 
 REWARD_PROCESS = """
-import json, runpy, sys, traceback
+import json, os, runpy, sys, threading, time, traceback
 from multiprocessing.connection import Connection
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
 number, path, name, *folders = sys.argv[1:]
 pipe, function, sys.path = Connection(int(number)), None, sys.path + folders
 while True:

@@ -473,8 +473,13 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
 
 
 REWARD_PROCESS = """
-import json, runpy, sys, traceback
+import json, os, runpy, sys, threading, time, traceback
 from multiprocessing.connection import Connection
+def end_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
 number, path, name, *folders = sys.argv[1:]
 pipe, function, sys.path = Connection(int(number)), None, sys.path + folders
 while True:
@@ -1972,7 +1977,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Config, default=defaults, use_underscores=True))
     except UsageError as error:
-        print("" if RANK else f"error: {error}\n", end="", file=sys.stderr)
+        print(f"error: {error} (rank {RANK})", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         frames = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.filename == __file__]

@@ -4,6 +4,8 @@ import concurrent.futures
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -300,6 +302,19 @@ def test_the_process_ends_with_its_reward(tmp_path):
     assert is_running(pid)
     del reward
     assert not is_running(pid)
+
+
+def test_a_function_that_hangs_ends_when_the_training_is_killed(tmp_path):
+    spec = write_reward(tmp_path, f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(1000)",
+                        "import os, time")
+    code = f"import ppo_llm; ppo_llm.load_reward(ppo_llm.Config(reward={spec!r}))(['a'], ['b'], ['c'])"
+    training = subprocess.Popen([sys.executable, "-c", code], cwd=Path(ppo_llm.__file__).parent)
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert training.poll() is None
+        time.sleep(0.05)
+    training.kill()
+    training.wait()
+    assert has_ended(int((tmp_path / "pid").read_text()))
 
 
 def test_what_a_function_prints_does_not_disturb_it(tmp_path, capfd):
