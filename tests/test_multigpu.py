@@ -253,11 +253,14 @@ def test_the_state_a_checkpoint_gives_back_is_what_it_holds(runs):
         assert tensors[f"{i}.step"] == 8  # 2 steps of 2 epochs of 2 mini-batches
 
 
-def test_the_launcher_runs_the_demo_without_arguments_but_its_sizes(tmp_path):
-    command = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
-    flags = "--total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --output_dir run".split()
-    done = subprocess.run([*command, str(ROOT / "ppo_llm_multigpu.py"), *flags], cwd=tmp_path, timeout=180,
-                          capture_output=True, text=True, env=environment())
+def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "ppo_llm_multigpu.py", tmp_path)
+    launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
+    demo = ROOT / "assets" / "demo"
+    flags = f"""--model {demo} --dataset {demo}/train.jsonl --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
+        --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
+    done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=300, capture_output=True,
+                          text=True, env=environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1] and done.stdout.count("step 1:") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resume_command"].startswith("deepspeed ")
