@@ -268,6 +268,7 @@ def check_config(c: Config) -> None:
          f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
         (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
         (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by the {WORLD} ranks"),
+        (":" in c.device, "device: every rank takes the GPU of its own number, so give cuda or cpu"),
         (c.critic_early_stop and size < 10 * WORLD, "critic_early_stop needs 10 responses per rank"),
         (c.zero_stage < {"none": 0, "optimizer": 2, "all": 3}[c.offload], f"offload {c.offload}: zero_stage too low"),
     ]

@@ -23,6 +23,7 @@ import ppo_llm
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("multigpu_worker.py")
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 pytest.importorskip("deepspeed", reason="needs deepspeed")
 pytestmark = [
     pytest.mark.slow,
@@ -255,15 +256,60 @@ def test_the_state_a_checkpoint_gives_back_is_what_it_holds(runs):
         assert tensors[f"{i}.step"] == 8  # 2 steps of 2 epochs of 2 mini-batches
 
 
-def test_the_launcher_runs_the_demo_without_arguments_but_its_sizes(tmp_path):
-    port, launcher = environment()["MASTER_PORT"], Path(sys.executable).with_name("deepspeed")
-    command = [launcher, "--num_gpus", "2", "--master_port", port]
-    flags = "--total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --output_dir run".split()
-    done = subprocess.run([*command, str(ROOT / "ppo_llm_multigpu.py"), *flags], cwd=tmp_path, timeout=180,
-                          capture_output=True, text=True, env=environment())
+def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path):
+    shutil.copy(ROOT / "ppo_llm_multigpu.py", tmp_path)
+    launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
+    demo = ROOT / "assets" / "demo"
+    flags = f"""--model {demo} --dataset {demo}/train.jsonl --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
+        --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
+    done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=300, capture_output=True,
+                          text=True, env=environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1] and done.stdout.count("step 1:") == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resume_command"].startswith("deepspeed ")
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces joined by a cable: what a process sees of two machines that share a file system."""
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+    names = [f"ppo{os.getpid()}{x}" for x in "ab"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        cables = [f"{name[-8:]}v" for name in names]
+        ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
+        for i, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", cable)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "set", cable, "up")
+        yield list(zip(names, cables, strict=True))
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine permits no network namespaces: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20, check=False)
+
+
+@pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")
+def test_two_hosts_without_ssh_run_the_demo(hosts, tmp_path):
+    (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    launcher = "--hostfile hosts --no_ssh --master_addr 10.77.0.1 --master_port 29500 --node_rank".split()
+    flags = "--total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --output_dir run".split()
+    processes = [subprocess.Popen(
+        ["ip", "netns", "exec", name, DEEPSPEED, *launcher, str(i), str(ROOT / "ppo_llm_multigpu.py"),
+         *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment(GLOO_SOCKET_IFNAME=cable)) for i, (name, cable) in enumerate(hosts)]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [1]
+    assert ["step 1:" in output for output in outputs] == [True, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
