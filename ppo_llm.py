@@ -43,18 +43,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import datasets
+import jinja2
 import pandas
 import torch
 import transformers
@@ -71,7 +73,7 @@ HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
 RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
-STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_target")  # what a checkpoint holds depends on it
+STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_alpha", "lora_target")  # a checkpoint depends on it
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
 STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
 CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
@@ -109,7 +111,7 @@ class Config:
     lora_rank: int | None = None  # train LoRA adapters of this rank on the frozen policy (pip install peft); None: all
     lora_alpha: float | None = None  # an adapter counts lora_alpha / lora_rank times; None: twice
     lora_target: str = "all-linear"  # layers that get one: all-linear (but the output head), or names with commas
-    merge_lora: bool = False  # export a plain model; else the adapter alone
+    merge_lora: bool = False  # export a plain model too, in fp32 (bf16 would round the adapter away)
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about 30 % slower
     trust_remote_code: bool = False  # run Python code that comes with a model repository
     # Data
@@ -236,7 +238,8 @@ def check_config(c: Config) -> None:
     at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
     may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
         clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples""".split()
-    refused = [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
+    refused = [(not math.isfinite(x), f"{name} must be finite") for name, x in given.items()]
+    refused += [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
     refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
     refused += [(not 0 <= given.get(name, 0) <= 1, f"{name} must lie between 0 and 1") for name in at_most_1]
     refused += [
@@ -249,7 +252,8 @@ def check_config(c: Config) -> None:
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
         (c.critic == "shared" and own, "critic shared has one optimizer: only critic_lr applies to its critic"),
         (c.critic == "adapter" and "model" in own, "critic adapter grows on the policy: critic_model does not apply"),
-        ((c.critic == "adapter" or c.merge_lora) and not c.lora_rank, "critic adapter and merge_lora need lora_rank"),
+        (not c.lora_rank and (c.critic == "adapter" or c.merge_lora or c.lora_alpha or c.lora_target != "all-linear"),
+         "critic adapter, merge_lora, lora_alpha and lora_target need lora_rank"),
         (not c.uses_critic and own, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
         (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
          f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
@@ -408,7 +412,7 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
 
 
 REWARD_PROCESS = """
-import json, os, runpy, sys, threading, time, traceback
+import importlib.util, json, os, sys, threading, time, traceback
 from multiprocessing.connection import Connection
 def end_with(parent):
     while os.getppid() == parent:
@@ -423,88 +427,119 @@ while True:
     except EOFError:  # the training has ended
         break
     try:
-        function = function or runpy.run_path(path).get(name)
+        if function is None:  # a module with a name, so that the file may use process pools
+            spec = importlib.util.spec_from_file_location('reward_file', path)
+            module = sys.modules['reward_file'] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            function = getattr(module, name, None)
         if not callable(function):
             raise NameError(f'there is no function {name}')
-        reply = [function(*columns) if columns else None, None]  # arrays and tensors of any library become lists
+        reply = function(*columns) if columns else []
+        with_metrics = isinstance(reply, tuple) and len(reply) == 2 and isinstance(reply[1], dict)
+        reply = [*(reply if with_metrics else (reply, {})), None]  # arrays and tensors of any library become lists
         reply = json.dumps(reply, default=lambda x: x.tolist() if hasattr(x, 'tolist') else list(x))
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        reply = json.dumps([None, f'{error!r} at {place.filename}:{place.lineno}'])
+        reply = json.dumps([None, None, f'{error!r} at {place.filename}:{place.lineno}'])
     pipe.send_bytes(reply.encode())
 """
 
 
 def end_process(process: subprocess.Popen) -> None:
     """Kills a process, and what it started, whatever they are doing."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-class RewardFunction:
-    """A user's FILE.py:function in a process of its own, which may hang or die and sees no secrets of this one.
+def is_number(x) -> bool:
+    return isinstance(x, numbers.Real) and abs(x) < 3e38  # finite, in fp32 too
 
-    The function returns a score per response, or (scores, {metric: a number per response}). Raises UsageError.
+
+class RewardFunction:
+    """A user's FILE.py:function in a process of its own, which may hang or die.
+
+    It inherits no environment variables but those of reward_env; it is no sandbox. The function returns a score per
+    response, or (scores, {metric: a number per response}). Raises UsageError.
     """
 
     def __init__(self, spec: str, config: Config):
         self.spec, self.timeout, self.failed_score = spec, config.reward_timeout, config.failed_score
-        self.environment = {name: os.environ[name] for name in config.reward_env.split(",") if name in os.environ}
-        self.end, self.may_fail = None, 0
+        names = {name.strip() for name in config.reward_env.split(",")} - {""}
+        self.environment = {name: os.environ[name] for name in names & set(os.environ)}
+        if absent := names - set(os.environ):
+            warn(f"reward_env: not set are {', '.join(sorted(absent))}")
+        self.end, self.rows, self.failures = None, 1, 0
         try:
-            self.ask()
+            self.ask(self.timeout)
         except RuntimeError as error:
             raise UsageError(f"reward {spec!r} cannot be loaded: {error}") from error
 
-    def ask(self, *columns: list):
-        """The function's answer; without columns it is only loaded. Raises RuntimeError with what went wrong."""
+    def start(self) -> None:
+        self.pipe, theirs = multiprocessing.Pipe()
+        path, _, name = self.spec.rpartition(":")
+        folders = str(Path(path).resolve().parent), str(HERE)  # what it may import from
+        process = subprocess.Popen(
+            [sys.executable, "-uPc", REWARD_PROCESS, str(theirs.fileno()), path, name, *folders],
+            env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
+        theirs.close()
+        self.end = weakref.finalize(self, end_process, process)  # also when self is dropped, and at the exit
+
+    def ask(self, seconds: float, *columns: list) -> tuple[list, dict[str, list]]:
+        """Scores and metrics; without columns the function is only loaded. Raises RuntimeError: what went wrong."""
         if self.end is None or not self.end.alive:
-            self.pipe, theirs = multiprocessing.Pipe()
-            path, _, name = self.spec.rpartition(":")
-            folders = str(Path(path).resolve().parent), str(HERE)  # what it may import from
-            process = subprocess.Popen(
-                [sys.executable, "-uPc", REWARD_PROCESS, str(theirs.fileno()), path, name, *folders],
-                env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
-            theirs.close()
-            self.end = weakref.finalize(self, end_process, process)  # also when self is dropped, and at the exit
-            self.ask()
-        problem = f"no answer within {self.timeout:g} seconds (reward_timeout)"
+            self.start()
+            if columns:
+                self.ask(self.timeout)
+        began, watch = time.monotonic(), threading.Timer(seconds, self.end)  # its end interrupts sending and receiving
+        watch.start()
         try:
             self.pipe.send_bytes(json.dumps(columns).encode())
-            if self.pipe.poll(self.timeout):
-                answer, failure = json.loads(self.pipe.recv_bytes())
-                if failure is None:
-                    return answer
-                raise RuntimeError(failure)
+            scores, metrics, problem = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
-            problem = "its process has ended"
-        self.end()
-        raise RuntimeError(problem)
+            late = time.monotonic() - began >= seconds
+            problem = f"no answer within {seconds:g} seconds (reward_timeout)" if late else "its process has ended"
+            self.end()
+        finally:
+            watch.cancel()
+            watch.join()
+        if problem is not None:
+            raise RuntimeError(problem)
+        return scores, metrics
 
     def __call__(self, *columns: list) -> tuple[list, dict[str, list]]:
-        """Scores, None where the function failed, and further metrics."""
-        self.may_fail = max(1, len(columns[0]) // 10)
+        """Scores, None where the function failed, and metrics of the other rows."""
+        self.rows, self.failures = len(columns[0]), 0
         return self.score(*columns)
 
     def score(self, *columns: list) -> tuple[list, dict[str, list]]:
-        """Where there is a failed_score, rows that fail are searched for by halving; they must not be many."""
+        """With a failed_score, the rows on which the function fails are searched for by halving, unless they are many.
+
+        A part has its share of reward_timeout, a tenth at least: one row that hangs costs about 2.4 times the whole.
+        """
         count = len(columns[0])
+        if self.failures > max(1, self.rows // 10):  # score_responses ends the run
+            return [None] * count, {}
         try:
-            answer = self.ask(*columns)
+            scores, metrics = self.ask(self.timeout * max(0.1, count / self.rows), *columns)
         except RuntimeError as error:
-            self.may_fail -= count == 1
-            if self.failed_score is None or self.may_fail < 0:
-                often = "" if self.failed_score is None else " on more than a tenth of the responses"
-                raise UsageError(f"reward {self.spec} failed{often}, at {columns[1][0][:80]!r}: {error}") from error
+            sentence = f"reward {self.spec} failed, at {columns[1][0][:80]!r}: {error}"
+            if self.failed_score is None:
+                raise UsageError(sentence) from error
             if count == 1:
+                self.failures += 1
+                warn(sentence)
                 return [None], {}
             (scores, metrics), (more, others) = (
                 self.score(*(x[part] for x in columns)) for part in (slice(count // 2), slice(count // 2, None)))
             return scores + more, {name: metrics.get(name, []) + others.get(name, []) for name in {**metrics, **others}}
-        with_metrics = isinstance(answer, list) and len(answer) == 2 and isinstance(answer[1], dict)
-        scores, metrics = answer if with_metrics else (answer, {})
         if not isinstance(scores, list) or len(scores) != count:
             raise UsageError(f"reward {self.spec} must return {count} scores, one per response, not {str(scores):.60}")
+        for name, x in metrics.items():
+            if not isinstance(x, list) or len(x) != count or not all(map(is_number, x)):
+                raise UsageError(f"reward {self.spec}: metric {name!r} must be {count} numbers, not {str(x):.60}")
+            if f"reward/{name}" in METRICS or f"eval/{name}" in METRICS or not re.fullmatch(r"\w[\w.-]*", name):
+                raise UsageError(f"reward {self.spec}: a metric cannot have the name {name!r}")
         return scores, metrics
 
 
@@ -531,10 +566,7 @@ def score_conversations(model: nn.Module, sequences: list[list[int]], batch_size
 
 def is_reward_model(name: str, config: Config) -> bool:
     """Whether a model has a score head instead of an output head. Raises UsageError if it has several scores."""
-    try:
-        lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError):
-        return False
+    lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     is_classifier = "SequenceClassification" in str(lm_config.architectures)
     if is_classifier and lm_config.num_labels != 1:
         raise UsageError(f"{name} has {lm_config.num_labels} outputs, a reward model has one")
@@ -548,9 +580,11 @@ class RewardModel:
         self.lm = load_lm(name, transformers.AutoModelForSequenceClassification, config)
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
         context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**20)
+        self.lm.config.use_cache = False
         self.limit, self.budget = min(context, self.tokenizer.model_max_length), config.micro_batch_tokens
         probes = ["Yes.", "No, not at all.", "I do not know what you mean.", "42 is the answer to all of this."]
-        scores, _ = self([[{"role": "user", "content": "Is it so?"}]] * len(probes), probes, [])
+        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+        scores, _ = self([[*system, {"role": "user", "content": "Is it so?"}]] * len(probes), probes, [])
         print(f"reward model: {name}, {self.limit} tokens (beginnings that exceed them are dropped), every response"
               f" ended by its chat template or eos; four different responses score {scores}")
         if len(set(scores)) == 1:
@@ -560,7 +594,10 @@ class RewardModel:
     def __call__(self, prompts: list[list[dict]], responses: list[str], answers: list[str]) -> tuple[list, dict]:
         """Scores; and which conversations had to be cut."""
         talks = [p + [{"role": "assistant", "content": r}] for p, r in zip(prompts, responses, strict=True)]
-        ids = [conversation_ids(self.tokenizer, messages, self.limit + 1) for messages in talks]
+        try:
+            ids = [conversation_ids(self.tokenizer, messages, self.limit + 1) for messages in talks]
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the reward model's chat template refuses {str(talks[0]):.200}: {error}") from error
         longest = min(max(map(len, ids)), self.limit)
         scores = score_conversations(self.lm, [x[-self.limit :] for x in ids], max(1, self.budget // longest))
         return scores.tolist(), {"truncated": [float(len(x) > self.limit) for x in ids]}
@@ -572,10 +609,14 @@ def load_reward(config: Config) -> Callable:
         return lambda prompts, responses, answers: list(map(score_gsm8k_strict, responses, answers))
     if Path(config.reward.rpartition(":")[0]).is_file():
         return RewardFunction(config.reward, config)
-    if is_reward_model(config.reward, config):
-        return RewardModel(config.reward, config)
+    reason = "it has no score head"
+    try:
+        if is_reward_model(config.reward, config):
+            return RewardModel(config.reward, config)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
     raise UsageError(f"reward {config.reward!r} is neither gsm8k, nor FILE.py:function of a file that exists, nor a"
-                     " sequence-classification model")
+                     f" sequence-classification model: {reason}")
 
 
 def score_responses(
@@ -585,10 +626,10 @@ def score_responses(
     prompts = [e.messages if isinstance(reward, RewardModel) else e.text for e in examples]
     scores = reward(prompts, texts, [e.answer for e in examples])
     scores, metrics = scores if isinstance(scores, tuple) else (scores, {})
-    failed = [row for row, x in enumerate(scores) if not isinstance(x, numbers.Real) or not math.isfinite(x)]
-    if failed and failed_score is None:
-        row = failed[0]
-        raise UsageError(f"the reward returned {scores[row]!r} for row {row}, response {texts[row][:80]!r}")
+    failed = [row for row, x in enumerate(scores) if not is_number(x)]
+    if failed and (failed_score is None or len(failed) > max(1, len(texts) // 10)):
+        row, count = failed[0], f"{len(failed)} of {len(texts)}"
+        raise UsageError(f"the reward failed on {count} responses: {scores[row]!r} for row {row}, {texts[row][:80]!r}")
     if failed_score is not None:
         metrics = metrics | {"failed": [row in failed for row in range(len(scores))]}
     means = {}
@@ -711,7 +752,7 @@ class Learner:
         if config.merge_lora:
             from peft import PeftModel
 
-            options = {"dtype": self.model.lm.dtype, "trust_remote_code": config.trust_remote_code}
+            options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
             base = AutoModelForCausalLM.from_pretrained(config.model, **options)
             PeftModel.from_pretrained(base, own).merge_and_unload().save_pretrained(folder)
 
@@ -773,7 +814,12 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(config.seed)  # peft initialises A from the global generator
-    targets = config.lora_target if config.lora_target == "all-linear" else config.lora_target.split(",")
+    targets = [target.strip() for target in config.lora_target.split(",")]
+    for target in targets:
+        layers = [layer for name, layer in lm.named_modules() if target and f".{name}".endswith(f".{target}")]
+        if targets != ["all-linear"] and (not layers or lm.get_output_embeddings() in layers):
+            raise UsageError(f"lora_target {target}: no layer has this name, or it is the output head")
+    targets = "all-linear" if targets == ["all-linear"] else targets
     for name in names:
         alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
         lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
@@ -792,7 +838,10 @@ def build_critic(num_tokens: int, config: Config) -> Learner:
     lm = load_lm(name, transformers.AutoModelForSequenceClassification if scores else AutoModel, config)
     critic = LanguageModel(lm.base_model, num_tokens, True, config)
     if scores:
-        critic.value_head.load_state_dict(lm.score.state_dict(), strict=False)  # it may have no bias: that stays 0
+        head = getattr(lm, "score", None)
+        if not isinstance(head, nn.Linear):
+            raise UsageError(f"critic_model {name} has no linear score head after its last layer")
+        critic.value_head.load_state_dict(head.state_dict(), strict=False)  # it may have no bias: that stays 0
     return Learner(critic, config.critic_lr, config.critic_lr, config)
 
 
@@ -1631,7 +1680,7 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
     for wrong, sentence in (
         (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
         (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
-        (step == 4 and m["reward/score_std"] == 0, "all responses get the same score: there is nothing to learn from"),
+        (step == 4 and m["reward/score_std"] < 1e-6, "all responses get the same score: nothing can be learned"),
         (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
         (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
         (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
@@ -1650,7 +1699,9 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     columns = pandas.read_csv(path, nrows=0).columns.tolist()
     if new := [name for name in metrics if name not in columns]:  # what a reward measures is known when it has run
         columns += new
-        pandas.read_csv(path, float_precision="round_trip").reindex(columns=columns).to_csv(path, index=False)
+        table = pandas.read_csv(path, float_precision="round_trip").reindex(columns=columns)
+        table.to_csv(path.with_suffix(".tmp"), index=False)
+        path.with_suffix(".tmp").replace(path)
     row = pandas.DataFrame([{"step": step} | metrics], columns=columns)
     row.to_csv(path, mode="a", header=False, index=False)
     with open(run_dir / "samples.jsonl", "a") as file:
@@ -1720,7 +1771,7 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
-    state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in STRUCTURE}}
+    state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in (*STRUCTURE, "model")}}
     (temporary / "state.json").write_text(json.dumps(state))
     temporary.replace(folder)
     for old in checkpoints(run_dir)[: -config.save_total_limit]:
@@ -1730,17 +1781,17 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
 def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config) -> tuple[int, float]:
     """Restores the learners and cuts the logs of run_dir back to the checkpoint's step. Returns (step, kl_coef)."""
     state = json.loads((folder / "state.json").read_text())
-    for key in STRUCTURE:
-        if state[key] != getattr(config, key):
-            raise UsageError(f"{folder} was made with {key} {state[key]}, not {getattr(config, key)}")
+    for key in (*STRUCTURE, *["model"] * bool(config.lora_rank)):  # an adapter belongs to its model
+        if state.get(key, getattr(Config, key)) != getattr(config, key):
+            raise UsageError(f"{folder} was made with {key} {state.get(key)}, not {getattr(config, key)}")
     models.actor.load(folder / "actor.safetensors")
     if models.critic:
         models.critic.load(folder / "critic.safetensors")
     for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
         shutil.rmtree(later)  # the run takes another course from here
     for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)  # the first number of each is its step; the header has none
-        steps = [int((re.search(r"\d+", line) or "0")[0]) for line in lines]
+        lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the header
+        steps = [int((re.match(r'(?:{"step": )?(\d+)', line) or [0, 0])[1]) for line in lines]
         path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
     return state["step"], state["kl_coef"]
 
@@ -1756,6 +1807,8 @@ def prepare(config: Config) -> tuple:
     length, known = config.max_prompt_length + config.max_response_length, []
     try:
         for name in filter(None, (config.critic_model, config.model)):
+            if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+                raise UsageError(f"{name} is a LoRA adapter: export it with merge_lora, or go on from a checkpoint")
             lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
             context = getattr(lm_config, "max_position_embeddings", length)
             known.append(lm_config.vocab_size)

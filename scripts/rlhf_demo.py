@@ -45,7 +45,7 @@ def pairs(output: Path, prompts: int = 4000, samples: int = 4, temperature: floa
     config = dataclasses.replace(ppo_llm.DEMO, temperature=temperature, seed=seed)
     models, train, _ = load(config)
     examples = [e for e in train[:prompts] for _ in range(samples)]
-    texts = ppo_llm.respond(models, examples, config, ppo_llm.seeded("cpu", seed, "pairs")).texts
+    texts = ppo_llm.respond(models, examples, config, ppo_llm.seeded(models.actor.model.lm.device, seed, "pairs")).texts
     rows = []
     for i in range(0, len(texts), samples):
         utilities = {text: utility(text, examples[i].answer) for text in texts[i : i + samples] if text.strip()}
@@ -61,7 +61,7 @@ def pairs(output: Path, prompts: int = 4000, samples: int = 4, temperature: floa
 def judge(models: ppo_llm.Models, base: ppo_llm.Models, reward, examples: list, before: list | None, seed: int) -> dict:
     """Win rate by the rule against the responses `before`, reward-model score, KL to base: sampled, with errors."""
     config = ppo_llm.DEMO
-    rollout = ppo_llm.respond(models, examples, config, ppo_llm.seeded("cpu", seed, "report"))
+    rollout = ppo_llm.respond(models, examples, config, ppo_llm.seeded(models.actor.model.lm.device, seed, "report"))
     scores, _ = ppo_llm.score_responses(reward, examples, rollout.texts)
     utilities = [utility(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
     wins = [(a > b) + (a == b) / 2 for a, b in zip(utilities, before or utilities, strict=True)]

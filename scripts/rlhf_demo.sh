@@ -6,8 +6,9 @@
 #
 # STEPS, PROMPTS, PAIR_PROMPTS and EPOCHS shorten it: the tests run it that way.
 set -euo pipefail
+folder=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
-folder=${1:-output/rlhf}
+folder=${folder:-output/rlhf}
 model=assets/demo
 if [ -e "$folder" ]; then
     echo "error: $folder exists: choose another folder" >&2

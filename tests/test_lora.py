@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 
 import pytest
 import torch
@@ -236,28 +237,70 @@ def test_a_resumed_run_continues_bitwise(folder, tmp_path, no_figures):
     assert max(sizes) < 3 * 4 * sum(w.numel() for w in make_lm().parameters())  # three fp32 numbers: only of adapters
 
 
-@pytest.mark.parametrize("rank", [None, 8])
-def test_a_checkpoint_of_another_rank_is_refused(folder, tmp_path, no_figures, rank):
-    config = make_config(folder, total_steps=1, **LORA)
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"lora_rank": None}, "lora_rank 4, not None"), ({"lora_rank": 8}, "lora_rank 4, not 8"),
+    ({"lora_alpha": 3.0}, "lora_alpha None, not 3.0"), ({"lora_target": "q_proj"}, "lora_target all-linear, not"),
+    ({"model": None}, "model ")])
+def test_another_adapter_or_model_than_the_checkpoints_is_refused(
+        folder, flat_folder, tmp_path, no_figures, change, sentence):
+    config = make_config(folder, total_steps=1, **LORA | {"critic": "shared"})
     run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
-    changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), lora_rank=rank,
-                                  critic="adapter" if rank else "separate",
+    change = {"model": str(flat_folder)} if "model" in change else change
+    changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), **change,
                                   resume=str(tmp_path / "r" / "checkpoints" / "step_1"))
-    with pytest.raises(UsageError, match="was made with (lora_rank 4|critic adapter)"):
+    with pytest.raises(UsageError, match=f"was made with {sentence}"):
         run(changed)
 
 
-@pytest.mark.parametrize("flags", [
-    {"critic": "adapter"}, {"merge_lora": True}, {"critic": "adapter", "lora_rank": 4, "critic_model": "x"},
-    {"lora_rank": 0}, {"lora_rank": -1}, {"lora_rank": 4, "lora_alpha": 0.0}])
-def test_what_cannot_work_is_refused(flags):
-    with pytest.raises(UsageError, match="lora_|critic adapter"):
+def test_a_checkpoint_from_before_there_were_adapters_is_read(folder, tmp_path, no_figures):
+    config = make_config(folder, total_steps=2, save_every=1)
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
+    state = tmp_path / "r" / "checkpoints" / "step_1" / "state.json"
+    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if "lora" not in k}))
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "s"), resume=str(state.parent)))
+
+
+def test_a_bf16_adapter_is_merged_in_fp32_so_that_small_steps_survive(folder, tmp_path, no_figures):
+    config = make_config(folder, total_steps=1, dtype="bfloat16", merge_lora=True, **LORA | {"lr": 1e-4})
+    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    adapter = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
+    a, b = (next(x.float() for name, x in adapter.items() if f"layers.0.self_attn.q_proj.lora_{part}" in name)
+            for part in "AB")
+    moved = merged.model.layers[0].self_attn.q_proj.weight - base.model.layers[0].self_attn.q_proj.weight
+    assert merged.dtype == torch.float32 and b.abs().max() > 0
+    torch.testing.assert_close(moved, 2.0 * b @ a, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("flags", "sentence"), [
+    ({"critic": "adapter"}, "need lora_rank"), ({"merge_lora": True}, "need lora_rank"),
+    ({"lora_alpha": 8.0}, "need lora_rank"), ({"lora_target": "q_proj"}, "need lora_rank"),
+    ({"critic": "adapter", "lora_rank": 4, "critic_model": "x"}, "critic_model does not apply"),
+    ({"lora_rank": 0}, "lora_rank must be positive"), ({"lora_rank": -1}, "lora_rank must be positive"),
+    ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha must be positive"),
+    ({"failed_score": float("nan")}, "failed_score must be finite"),
+    ({"reward_timeout": float("inf")}, "reward_timeout must be finite")])
+def test_what_cannot_work_is_refused(flags, sentence):
+    with pytest.raises(UsageError, match=sentence):
         ppo_llm.check_config(Config(**flags))
 
 
-def test_a_target_that_is_no_layer_is_refused_by_name(folder):
-    with pytest.raises(UsageError, match="lora_target nonsense"):
-        make_models(make_config(folder, lora_target="nonsense", **LORA))
+@pytest.mark.parametrize("target", ["nonsense", "q_proj, v_prj", "q_proj,lm_head", ""])
+def test_a_target_that_is_no_layer_or_the_output_head_is_refused_by_name(folder, target):
+    with pytest.raises(UsageError, match=f"lora_target {target.split(',')[-1].strip()}: no layer has this name"):
+        make_models(make_config(folder, lora_target=target, **LORA))
+
+
+def test_targets_may_be_written_with_spaces(folder):
+    lm = make_models(make_config(folder, lora_target="q_proj, v_proj", **LORA)).actor.model.lm
+    assert {n.split(".")[-1] for n, m in lm.named_modules() if hasattr(m, "lora_A")} == {"q_proj", "v_proj"}
+
+
+def test_an_exported_adapter_given_as_the_model_is_explained(folder, tmp_path, no_figures):
+    run(make_config(folder, total_steps=1, output_dir=str(tmp_path / "r"), **LORA))
+    with pytest.raises(UsageError, match="is a LoRA adapter: export it with merge_lora"):
+        ppo_llm.prepare(make_config(folder, model=str(tmp_path / "r" / "model")))
 
 
 def mean_score_after(config: Config, steps: int) -> float:

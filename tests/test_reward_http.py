@@ -79,7 +79,7 @@ def test_metrics_of_the_endpoint_are_logged(endpoint):
     assert score()[1]["toxic"].item() == 0.25
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500, 503, 529])
 def test_a_busy_endpoint_is_asked_again(endpoint, status):
     endpoint.script = [(status, "busy", 0), answer(1, 2)]
     assert score()[0].tolist() == [1, 2]
@@ -120,6 +120,41 @@ def test_a_slow_endpoint_is_given_up_at_the_deadline(endpoint):
     with pytest.raises(UsageError, match="gave no scores before REWARD_DEADLINE"):
         score()
     assert time.monotonic() - began < 10
+
+
+def test_an_answer_that_trickles_is_given_up_at_the_deadline(endpoint):
+    def post(handler):
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.1)
+
+    endpoint.RequestHandlerClass = type("Slow", (Endpoint,), {"do_POST": post})
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="comes too slowly"):
+        score()
+    assert time.monotonic() - began < 8
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(endpoint):
+    def post(handler):
+        handler.server.requests.append(handler.rfile.read(int(handler.headers["Content-Length"])))
+        whole = len(handler.server.requests) > 1
+        handler.send_response(200)
+        handler.send_header("Content-Length", "20" if whole else "1000")
+        handler.end_headers()
+        handler.wfile.write(b'{"scores": [1, 2]}  ')
+
+    endpoint.RequestHandlerClass = type("Broken", (Endpoint,), {"do_POST": post})
+    assert score()[0].tolist() == [1, 2]
+    assert len(endpoint.requests) == 2
+
+
+def test_a_forgotten_address_is_said_at_the_start():
+    with pytest.raises(UsageError, match="cannot be loaded.*set REWARD_URL"):
+        score(env="")
 
 
 def test_an_endpoint_that_is_down_is_an_error_with_its_address(endpoint, monkeypatch):

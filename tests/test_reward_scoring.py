@@ -147,6 +147,21 @@ def test_the_critic_made_of_a_reward_model_keeps_its_score_head(tmp_path, folder
     assert values.tolist() == pytest.approx(expected, abs=1e-5)  # the reward model's score of the text so far
 
 
+def test_an_encoder_is_refused_as_critic_model(tmp_path, folder):
+    save_reward_model(tmp_path, kind="bert")
+    with pytest.raises(UsageError, match="has no linear score head"):
+        make_models(make_config(folder, critic_model=str(tmp_path)))
+
+
+def test_a_template_that_refuses_a_system_turn_says_so_at_the_start(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    save_reward_model(tmp_path, tokenizer)
+    ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu"))
+    with pytest.raises(UsageError, match="chat template refuses.*no system"):
+        ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu", system_prompt="Be kind."))
+
+
 def test_a_critic_that_knows_fewer_tokens_than_the_policy_is_refused(tmp_path, folder):
     save_reward_model(tmp_path, vocab_size=40)
     with pytest.raises(UsageError, match="knows 40 tokens, the policy 64"):

@@ -248,7 +248,7 @@ def test_a_function_that_hangs_and_ignores_signals_is_killed_at_the_deadline(tmp
 @pytest.mark.parametrize("failure", ["time.sleep(1000)", "1 / 0", "os._exit(3)", "sys.exit()"])
 def test_with_a_failed_score_only_the_rows_that_fail_get_it_and_are_counted(tmp_path, failure):
     body = f"if 'bad' in responses: {failure}\n    return [float(len(r)) for r in responses]"
-    reward = reward_of(tmp_path, body, "import os, sys, time", reward_timeout=0.5, failed_score=-1.0)
+    reward = reward_of(tmp_path, body, "import os, sys, time", reward_timeout=2.0, failed_score=-1.0)
     texts = ["x" * i for i in range(20)]
     texts[7] = "bad"
     scores, metrics = measure(reward, texts, -1.0)
@@ -262,14 +262,53 @@ def test_a_score_that_is_no_number_counts_as_failed_where_there_is_a_failed_scor
     scores, metrics = measure(reward, ["a", "b", "c"], 0.25)
     assert scores.tolist() == [1, 0.25, 0]
     assert metrics["failed"].item() == pytest.approx(1 / 3)
+    with pytest.raises(UsageError, match="failed on 2 of 3 responses"):
+        measure(reward_of(tmp_path, "return [None, None, 0.0]", failed_score=0.25), ["a", "b", "c"], 0.25)
 
 
 def test_a_reward_that_fails_on_many_responses_ends_the_run_all_the_same(tmp_path):
     body = "if 'bad' in responses: 1 / 0\n    return [1.0] * len(responses)"
     reward = reward_of(tmp_path, body, failed_score=0.0)
     assert measure(reward, ["bad"] * 2 + ["a"] * 18, 0.0)[1]["failed"].item() == 0.1
-    with pytest.raises(UsageError, match="more than a tenth"):
+    with pytest.raises(UsageError, match="failed on 21 of 21|failed on 3 of 21"):
         measure(reward, ["bad"] * 3 + ["a"] * 18, 0.0)
+
+
+def test_a_reward_that_only_hangs_is_given_up_after_a_few_deadlines(tmp_path):
+    reward = reward_of(tmp_path, "time.sleep(1000)", "import time", reward_timeout=1.0, failed_score=0.0)
+    began = time.monotonic()
+    with pytest.raises(UsageError, match="failed on"):
+        measure(reward, ["x"] * 40, 0.0)
+    assert time.monotonic() - began < 15  # forty deadlines would be 40 s
+
+
+def test_the_deadline_holds_while_the_function_does_not_even_read(tmp_path):
+    head = "import re, threading\ndef spin():\n    re.match(r'(a|a)*b', 'a' * 60)"  # keeps the interpreter to itself
+    body = "threading.Thread(target=spin, daemon=True).start(); return [0.0] * len(responses)"
+    reward, began = reward_of(tmp_path, body, head, reward_timeout=2.0), time.monotonic()
+    with pytest.raises(UsageError, match="no answer within 2 seconds"):
+        for _ in range(2):
+            scores_of(reward, ["x" * 10**6] * 4)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("metrics", [
+    "{'m': ['a', 'b']}", "{'m': [1, None]}", "{'m': [1]}", "{'m': 3}", "{'m': [[1], 2]}", "{'kl': [9, 9]}",
+    "{'score': [1, 1]}", "{'kl_coef': [1, 1]}", "{'a\\nb': [1, 1]}"])
+def test_a_metric_must_be_a_number_per_response_and_no_name_of_ours(tmp_path, metrics):
+    with pytest.raises(UsageError, match="metric"):
+        measure(reward_of(tmp_path, f"return [1.0, 0.0], {metrics}"), ["a", "b"])
+
+
+def test_a_score_beyond_fp32_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="row 0"):
+        measure(reward_of(tmp_path, "return [10 ** 400]"), ["a"])
+
+
+def test_a_reward_may_use_a_process_pool(tmp_path):
+    head = "from concurrent.futures import ProcessPoolExecutor\ndef one(r):\n    return float(len(r))"
+    body = "\n    with ProcessPoolExecutor(1) as pool:\n        return list(pool.map(one, responses))"
+    assert scores_of(reward_of(tmp_path, body, head), ["", "xx"]).tolist() == [0, 2]
 
 
 def test_metrics_of_the_halves_are_put_together(tmp_path):
@@ -294,6 +333,14 @@ def test_a_function_sees_only_the_environment_that_it_is_given(tmp_path, monkeyp
             "    return [float(seen == [None, 'http://judge', '1234'] and 'secret' not in FIRST)]")
     assert scores_of(reward_of(tmp_path, body, head, reward_env="JUDGE_URL,JUDGE_KEY,ABSENT"), ["a"]).item() == 1
     assert scores_of(reward_of(tmp_path, body, head), ["a"]).item() == 0
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JUDGE_URL", "http://judge")
+    reward = reward_of(tmp_path, "return [float(os.environ['JUDGE_URL'] == 'http://judge')]", "import os",
+                       reward_env=" JUDGE_URL, TYPO ")
+    assert scores_of(reward, ["a"]).item() == 1
+    assert "not set are TYPO" in capsys.readouterr().err
 
 
 def test_the_process_ends_with_its_reward(tmp_path):

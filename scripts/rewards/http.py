@@ -11,13 +11,16 @@ REWARD_DEADLINE (60 s) has passed; any other answer is an error at once. Keep it
 what hangs.
 """
 
+import http.client
 import json
 import os
 import time
 import urllib.error
 import urllib.request
 
-TRY_AGAIN = {429, 500, 502, 503, 504}
+URL, TOKEN, DEADLINE = (os.environ.get(f"REWARD_{name}") for name in ("URL", "TOKEN", "DEADLINE"))
+if not URL:
+    raise RuntimeError("set REWARD_URL, and pass it on with --reward_env REWARD_URL,REWARD_TOKEN,REWARD_DEADLINE")
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -32,29 +35,35 @@ def post(url: str, batch: dict, headers: dict, timeout: float) -> tuple[int, str
     request = urllib.request.Request(url, json.dumps(batch).encode(), {"Content-Type": "application/json", **headers})
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=timeout) as answer:
-            return answer.status, answer.read().decode()
+            parts, end = [], time.monotonic() + timeout
+            while part := answer.read1(2**16):
+                parts.append(part)
+                if time.monotonic() > end:
+                    raise TimeoutError("the answer comes too slowly")
+            if answer.length:  # what is still to come of the Content-Length
+                raise http.client.IncompleteRead(b"".join(parts), answer.length)
+            return answer.status, b"".join(parts).decode()
     except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace")
-    except OSError as error:  # refused, timed out, broken off
+        return error.code, str(error)
+    except (OSError, http.client.HTTPException) as error:  # refused, timed out, broken off
         return 0, repr(error)
 
 
 def reward(prompts: list[str], responses: list[str], answers: list[str]):
-    url, token = os.environ["REWARD_URL"], os.environ.get("REWARD_TOKEN")
-    deadline, pause = time.monotonic() + float(os.environ.get("REWARD_DEADLINE", "60")), 0.5
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    deadline, pause = time.monotonic() + float(DEADLINE or 60), 0.5
+    headers = {"Authorization": f"Bearer {TOKEN}"} if TOKEN else {}
     batch = {"prompts": prompts, "responses": responses, "answers": answers}
     while True:
-        status, text = post(url, batch, headers, timeout=max(deadline - time.monotonic(), 0.1))
+        status, text = post(URL, batch, headers, timeout=max(deadline - time.monotonic(), 0.1))
         if status == 200:
             break
-        if status and status not in TRY_AGAIN:
-            raise ValueError(f"{url}: status {status}: {text[:200]!r}")
+        if status and status != 429 and status < 500:
+            raise ValueError(f"{URL}: status {status}: {text[:200]!r}")
         if time.monotonic() + pause > deadline:
-            raise TimeoutError(f"{url} gave no scores before REWARD_DEADLINE; at last: status {status}, {text[:200]}")
+            raise TimeoutError(f"{URL} gave no scores before REWARD_DEADLINE; at last: status {status}, {text[:200]}")
         time.sleep(pause)
         pause *= 2
     content = json.loads(text)
     if not isinstance(content, dict) or not isinstance(content.get("scores"), list):
-        raise ValueError(f"{url}: the answer has no list of scores: {text[:200]!r}")
-    return (content["scores"], content["metrics"]) if "metrics" in content else content["scores"]
+        raise ValueError(f"{URL}: the answer has no list of scores: {text[:200]!r}")
+    return (content["scores"], content["metrics"]) if content.get("metrics") else content["scores"]
