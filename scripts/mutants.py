@@ -90,7 +90,7 @@ LLM_FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo
      "rollout.ref_logprobs + w.log(), rollout.old_logprobs + (1 - w).log()"),
     ("strict scoring takes the first number", "found[-1].replace", "found[0].replace"),
     ("resume forgets the KL coefficient", 'return state["step"], state["kl_coef"]', 'return state["step"], 0.001'),
-    ("resume forgets the optimizer", "[int(index)]][key] = x", '[int(index)]][key] = x * (key == "weight")'),
+    ("resume forgets the optimizer", "state[self.masters[i]].update((key", "state[self.masters[i]].copy().update((key"),
     ("missing stop token punishes the others", "torch.where(stopped, scores, cut", "torch.where(~stopped, scores, cut"),
 ]  # fmt: skip
 
