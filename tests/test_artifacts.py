@@ -278,6 +278,7 @@ def test_the_resume_command_of_a_finished_run_trains_nothing_more(piped):
     ({"policy/ratio_first": 1.03, "rollout/logprob_gap": 0.001}, 0, "first ratio is not 1"),
     ({"reward/kl": 0.001}, 0, "first KL is not 0"),
     ({"reward/kl": -0.2}, 3, "KL is negative"),
+    ({"reward/score_std": 7e-9}, 4, "all responses get the same score"),
     ({"rollout/eos_rate": 0.01}, 3, "hardly a response ends"),
     ({"policy/entropy": 1e-4}, 3, "entropy has collapsed"),
     ({"policy/clipfrac": 0.4}, 3, "over 30 % of the tokens are clipped"),
@@ -292,6 +293,7 @@ def test_each_warning_is_given_once_with_its_step(metrics, step, sentence, capsy
 
 
 @pytest.mark.parametrize(("metrics", "step"), [
+    ({"reward/score_std": 0.0}, 0), ({"reward/score_std": 0.1}, 4),
     ({}, 0), ({"policy/ratio_first": 1.01, "rollout/logprob_gap": 0.001}, 0), ({"reward/kl": 0.5}, 1),
     ({"value/explained_variance": -0.1}, 5), ({"reward/kl": math.nan, "value/explained_variance": math.nan}, 30),
     ({"policy/ratio_first": 1.0, "reward/kl": 1e-7, "rollout/eos_rate": 0.5, "policy/entropy": 1.0,
