@@ -229,7 +229,7 @@ DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=6
 
 
 def check_config(c: Config) -> None:
-    """Refuses what cannot work before anything is loaded; warns of what is allowed but unsound. Raises UsageError."""
+    """Refuses what cannot work, before anything is loaded. Raises UsageError."""
     own = [x for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split() if vars(c)[f"critic_{x}"]]
     adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
     given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
@@ -265,6 +265,11 @@ def check_config(c: Config) -> None:
     for wrong, sentence in refused:
         if wrong:
             raise UsageError(sentence)
+    warn_of_unsound(c)
+
+
+def warn_of_unsound(c: Config) -> None:
+    """What is allowed, but does not do what one would expect."""
     if c.kl_coef and c.kl_in_reward and c.kl_kind != "k1":
         warn(f"kl_penalty {c.kl_kind}: in the reward only k1 gives the gradient of KL(policy, reference)")
     if c.kl_coef and c.use_kl_loss and c.kl_kind in ("k1", "abs", "k3"):
