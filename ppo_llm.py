@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization for language models: the whole algorithm in one file, on the CPU or one GPU.
+"""Proximal Policy Optimization for language models: the whole algorithm in one file.
 
     python ppo_llm.py                                       # bundled demo: 5 minutes on a laptop, downloads nothing
     python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct    # GSM8K with the published settings, on a GPU

@@ -1,4 +1,4 @@
-"""Proximal Policy Optimization for language models: ppo_llm.py on DeepSpeed, any number of GPUs and machines.
+"""Proximal Policy Optimization for language models: the whole algorithm in one file.
 
     deepspeed ppo_llm_multigpu.py                                        # bundled demo on the GPUs of this machine
     deepspeed ppo_llm_multigpu.py --model Qwen/Qwen2.5-0.5B-Instruct     # GSM8K with the published settings
@@ -272,6 +272,7 @@ def check_config(c: Config) -> None:
          f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
         (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
         (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by the {WORLD} ranks"),
+        (c.ds_config and not Path(c.ds_config).is_file(), f"ds_config: there is no file {c.ds_config}"),
         (":" in c.device, "device: every rank takes the GPU of its own number, so give cuda or cpu"),
         (c.critic_early_stop and size < 10 * WORLD, "critic_early_stop needs 10 responses per rank"),
         (c.zero_stage < {"none": 0, "optimizer": 2, "all": 3}[c.offload], f"offload {c.offload}: zero_stage too low"),

@@ -171,6 +171,22 @@ def test_two_ranks_take_the_steps_of_one_process(new, name, layout, updates):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4 if "bf16" not in name else 2e-3, nan_ok=True)
 
 
+def test_the_flags_make_deepspeeds_configuration_and_a_file_replaces_entries(tmp_path):
+    import ppo_llm_multigpu as twin
+
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"gradient_clipping": 7.0, "zero_optimization": {"reduce_bucket_size": 99}}))
+    made = twin.deepspeed_config(twin.Config(zero_stage=3, offload="all", grad_clip=2.0), torch.bfloat16)
+    assert made["gradient_clipping"] == 2.0 and made["bf16"] == {"enabled": True}
+    assert made["zero_optimization"]["stage"] == 3 and made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert {made["zero_optimization"][f"offload_{x}"]["device"] for x in ("optimizer", "param")} == {"cpu"}
+    changed = twin.deepspeed_config(twin.Config(ds_config=str(file)), torch.float32)
+    assert changed["gradient_clipping"] == 7.0 and changed["bf16"] == {"enabled": False}
+    assert changed["zero_optimization"]["reduce_bucket_size"] == 99 and changed["zero_optimization"]["stage"] == 2
+    with pytest.raises(twin.UsageError, match="there is no file missing.json"):
+        twin.check_config(twin.Config(ds_config="missing.json"))
+
+
 def test_a_dropped_micro_batch_does_not_go_unnoticed(updates):
     with pytest.raises(AssertionError, match="_1"):
         compare(updates / "one" / "ppo", updates / "two" / "dropped")
