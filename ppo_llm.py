@@ -282,6 +282,13 @@ def warn(sentence: str) -> None:
     print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
+def clock_now() -> float:
+    """Seconds, when the device has done what it was given: a phase is charged for its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
     """A generator that depends on nothing but its arguments, such as (seed, "sampling", step)."""
     return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
@@ -1443,9 +1450,9 @@ def collect_rollout(
     models: Models, reward: Callable, examples: list[Example], step: int, kl_coef: float, config: Config
 ) -> tuple[Rollout, dict]:
     """Samples and scores responses, and turns the scores into advantages. Returns the rollout and its metrics."""
-    clock, policy = time.perf_counter(), models.actor.model
+    clock, policy = clock_now(), models.actor.model
     rollout = respond(models, examples, config, seeded(policy.lm.device, config.seed, "sampling", step))
-    metrics = {"time/rollout": time.perf_counter() - clock}
+    metrics = {"time/rollout": clock_now() - clock}
     mask, sampled = rollout.mask, rollout.old_logprobs
     lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
     rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
@@ -1477,7 +1484,7 @@ def collect_rollout(
                 "reward/score_std": masked_mean((rollout.scores - mean_score).square(), everyone).sqrt(),
                 "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
                 "rollout/response_length": masked_mean(lengths, everyone)}
-    return rollout, metrics | {"time/score": time.perf_counter() - clock - metrics["time/rollout"]}
+    return rollout, metrics | {"time/score": clock_now() - clock - metrics["time/rollout"]}
 
 
 @torch.no_grad()
@@ -1597,7 +1604,7 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
     Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the epochs
     of the critic end when its loss there stops falling.
     """
-    clock, actor = time.perf_counter(), role == "actor"
+    clock, actor = clock_now(), role == "actor"
     learner = models.actor if actor else models.critic
     epochs = c.ppo_epochs if actor else c.critic_ppo_epochs or c.ppo_epochs
     size = c.ppo_mini_batch_size if actor else c.critic_ppo_mini_batch_size or c.ppo_mini_batch_size
@@ -1631,7 +1638,7 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
     metrics["optim/skipped_steps"] = sum(x.skipped_steps for x in (models.actor, models.critic) if x)
     prefix = "optim/" if actor else "optim/critic_"
     return metrics | {f"{prefix}lr": lr_factor * learner.base_lr, f"{prefix}grad_norm": history[0]["grad_norm"],
-                      f"time/update_{role}": time.perf_counter() - clock}
+                      f"time/update_{role}": clock_now() - clock}
 
 
 # ---- Evaluation, logs, checkpoints ----------------------------------------------------------------------------------
@@ -1861,7 +1868,7 @@ def main(config: Config) -> None:
     save_summary(run_dir, config, "running")
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=not sys.stderr.isatty()):
-        clock = time.perf_counter()
+        clock = clock_now()
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         examples = [train[i] for i in batch for _ in range(config.rollout_n)]
         rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
@@ -1870,7 +1877,7 @@ def main(config: Config) -> None:
         if step >= config.critic_warmup:
             metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
         kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
-        seconds = time.perf_counter() - clock
+        seconds = clock_now() - clock
         tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
         metrics["time/tokens_per_second"] = tokens / seconds
         samples, last = describe(rollout, "train", models, config), step + 1 == total

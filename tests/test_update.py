@@ -584,3 +584,10 @@ def test_a_held_out_tenth_is_scored_in_micro_batches_with_the_same_result(folder
         results.append(update("critic", models, rollout, 0, 10, 0.0, config)["value/loss"])
         assert max(sizes) <= size
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_the_clock_waits_for_the_device(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    assert ppo_llm.clock_now() <= ppo_llm.clock_now() and len(waits) == 2
