@@ -226,6 +226,7 @@ for number in range(1, 32):
         pass
 child = os.fork() if FORK else 1
 if child == 0:
+    os.closerange(0, 3)  # nobody shall wait for its output
     time.sleep(1000)
 open(PIDS, "a").write(f"{os.getpid()} {child}\\n")
 """
