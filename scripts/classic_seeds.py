@@ -32,6 +32,7 @@ VARIANTS = {  # flags that are added to the preset
     "no_bootstrap": ["--no_bootstrap_truncated"],
     "no_mask": ["--no_mask_dummy_rows"],
     "neither": ["--no_bootstrap_truncated", "--no_mask_dummy_rows"],
+    "norm_obs": ["--norm_obs"],
 }
 
 
@@ -39,7 +40,7 @@ VARIANTS = {  # flags that are added to the preset
 class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
     seeds: int = 10  # seeds 1 to this
-    variant: str = ""  # "", no_bootstrap, no_mask, neither
+    variant: str = ""  # "", or a name in VARIANTS
     output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV[-VARIANT]/seedN
     report_only: bool = False  # run nothing
 
