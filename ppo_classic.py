@@ -137,7 +137,7 @@ PRESETS = {  # by the name of the environment, else by the kind of its spaces
     "MountainCar": WIDE | {"num_minibatches": 8, "gae_lambda": 0.98, "ent_coef": 0.0},
     "LunarLander": WIDE | {"num_steps": 256, "num_minibatches": 32, "gamma": 0.999, "gae_lambda": 0.98},
     "Pendulum": MUJOCO | {"total_timesteps": 500_000, "num_envs": 4, "num_steps": 1024, "gamma": 0.9,
-                          "learning_rate": 1e-3},
+                          "learning_rate": 1e-3, "norm_obs": False},
 }
 
 

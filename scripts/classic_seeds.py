@@ -7,7 +7,8 @@
 
 One row per seed goes to docs/results/classic/ENV[-VARIANT].csv as soon as the seed is done, the learning curve to
 curves/; a seed that has its row is not run again. The score is the mean return of 100 evaluation episodes with frozen
-statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it.
+statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it. Both tables are also put into
+docs/classic.md.
 """
 
 import csv
@@ -31,6 +32,7 @@ VARIANTS = {  # flags that are added to the preset
     "no_bootstrap": ["--no_bootstrap_truncated"],
     "no_mask": ["--no_mask_dummy_rows"],
     "neither": ["--no_bootstrap_truncated", "--no_mask_dummy_rows"],
+    "norm_obs": ["--norm_obs"],
 }
 
 
@@ -38,7 +40,7 @@ VARIANTS = {  # flags that are added to the preset
 class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
     seeds: int = 10  # seeds 1 to this
-    variant: str = ""  # "", no_bootstrap, no_mask, neither
+    variant: str = ""  # "", or a name in VARIANTS
     output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV[-VARIANT]/seedN
     report_only: bool = False  # run nothing
 
@@ -83,26 +85,52 @@ def bootstrap_interval(x: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def scores(env_id: str, variant: str = "") -> dict[int, float]:
+    rows = read_rows(RESULTS / f"{env_id.replace('/', '-')}{'-' * bool(variant)}{variant}.csv")
+    return {int(row["seed"]): float(row["score"]) for row in rows}
+
+
+def mean_and_deviation(x: np.ndarray) -> str:
+    return f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x.mean():.1f}"
+
+
 def table() -> str:
-    """One line per CSV: environment, seeds, mean, standard deviation, IQM with its interval, last_100, bar."""
+    """One line per environment: seeds, mean, standard deviation, IQM with its interval, last_100, bar."""
     lines = ["| environment | seeds | score: mean ± std | IQM [95 % interval] | min, max | last 100 training episodes |"
              " bar | reached |", "|---|---|---|---|---|---|---|---|"]
     for env_id, bar in BARS.items():
-        for variant in VARIANTS:
-            name = f"{env_id}-{variant}" if variant else env_id
-            rows = read_rows(RESULTS / f"{name}.csv")
-            if not rows and variant == "":
-                lines.append(f"| {env_id} | 0 | not measured | | | | {bar} | |")
-            if not rows:
-                continue
-            score, last = (np.array([float(row[x]) for row in rows]) for x in ("score", "last_100"))
-            low, high = bootstrap_interval(score)
-            reached = ("yes" if score.mean() >= bar else "**NO**") if variant == "" else ""
-            lines.append(
-                f"| {env_id} {variant} | {len(rows)} | {score.mean():.1f} ± {score.std(ddof=min(1, len(rows) - 1)):.1f}"
-                f" | {interquartile_mean(score):.1f} [{low:.1f}, {high:.1f}] | {score.min():.1f}, {score.max():.1f} |"
-                f" {last.mean():.1f} | {bar} | {reached} |")
+        score = np.array(list(scores(env_id).values()))
+        if not len(score):
+            lines.append(f"| {env_id} | 0 | not measured | | | | {bar} | |")
+            continue
+        last = np.mean([float(row["last_100"]) for row in read_rows(RESULTS / f"{env_id}.csv")])
+        low, high = bootstrap_interval(score)
+        lines.append(
+            f"| {env_id} | {len(score)} | {mean_and_deviation(score)} | {interquartile_mean(score):.1f} [{low:.1f},"
+            f" {high:.1f}] | {score.min():.1f}, {score.max():.1f} | {last:.1f} | {bar} |"
+            f" {'yes' if score.mean() >= bar else '**NO**'} |")
     return "\n".join(lines) + "\n"
+
+
+def ablation() -> str:
+    """One line per environment and variant, over the seeds that the variant shares with the file as it is."""
+    lines = ["| environment | variant | seeds | score: mean ± std | as it is, same seeds | difference, seed by seed |",
+             "|---|---|---|---|---|---|"]
+    for env_id in BARS:
+        for variant in list(VARIANTS)[1:]:
+            whole, changed = scores(env_id), scores(env_id, variant)
+            seeds = sorted(set(whole) & set(changed))
+            if seeds:
+                x, y = (np.array([found[seed] for seed in seeds]) for found in (whole, changed))
+                lines.append(f"| {env_id} | {variant} | {len(seeds)} | {mean_and_deviation(y)} | {mean_and_deviation(x)}"
+                             f" | {mean_and_deviation(y - x)} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(path: Path, name: str, text: str) -> None:
+    """Puts the text between <!-- name --> and <!-- end of name -->."""
+    before, rest = path.read_text().split(f"<!-- {name} -->\n")
+    path.write_text(f"{before}<!-- {name} -->\n{text}<!-- end of {name} -->{rest.split(f'<!-- end of {name} -->')[1]}")
 
 
 def main(config: Config) -> None:
@@ -121,8 +149,10 @@ def main(config: Config) -> None:
                     writer.writeheader()
                 writer.writerow(row)
             print(f"{name} seed {seed}: {row['score']} (last 100 training episodes {row['last_100']})", flush=True)
-    (RESULTS / "table.md").write_text(table())
-    print(table())
+    for name, text in (("table", table()), ("ablation", ablation())):
+        (RESULTS / f"{name}.md").write_text(text)
+        insert(ROOT / "docs" / "classic.md", name, text)
+        print(text)
 
 
 if __name__ == "__main__":
