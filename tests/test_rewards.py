@@ -276,11 +276,14 @@ def test_a_reward_that_fails_on_many_responses_ends_the_run_all_the_same(tmp_pat
 
 
 def test_a_reward_that_only_hangs_is_given_up_after_a_few_deadlines(tmp_path):
-    reward = reward_of(tmp_path, "time.sleep(1000)", "import time", reward_timeout=1.0, failed_score=0.0)
+    calls = tmp_path / "calls"
+    body = f"open({str(calls)!r}, 'a').write('x'); time.sleep(1000)"
+    reward = reward_of(tmp_path, body, "import time", reward_timeout=1.0, failed_score=0.0)
     began = time.monotonic()
     with pytest.raises(UsageError, match="failed on"):
         measure(reward, ["x"] * 40, 0.0)
-    assert time.monotonic() - began < 15  # forty deadlines would be 40 s
+    assert time.monotonic() - began < 20  # forty deadlines would be 40 s
+    assert 3 < len(calls.read_text()) < 20  # all parts of all parts would be 79
 
 
 def test_the_deadline_holds_while_the_function_does_not_even_read(tmp_path):
