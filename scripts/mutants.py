@@ -99,7 +99,7 @@ LLM_FAULTS: list[tuple[str, str, str]] = [  # name, text that occurs once in ppo
      'LanguageModel(lm, num_tokens, True, config, "policy")'),
     ("adapters start differently every time", "torch.manual_seed(config.seed)  # peft", "pass  # peft"),
     ("a reward model loses its head as the critic", "critic.value_head.load_state_dict(head", "dict(head"),
-    ("a reward function without a deadline", "threading.Timer(seconds, self.end)", "threading.Timer(3600, self.end)"),
+    ("a reward function without a deadline", "threading.Timer(seconds, self.end)", "threading.Timer(seconds + 9, self.end)"),
     ("a killed reward leaves its children", "os.killpg(process.pid, signal.SIGKILL)", "process.kill()"),
     ("a killed reward stays a zombie", "        os.killpg(process.pid, signal.SIGKILL)\n    process.wait()\n",
      "        os.killpg(process.pid, signal.SIGKILL)\n"),
