@@ -1526,10 +1526,11 @@ def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[i
         model.packs, model.engine = packs, None
         try:
             found, model.engine = distance_from_plain(model, prompts, stop_ids, c), None
-            if found <= tolerance:
-                return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
+            fits = found <= tolerance
         except Exception as error:  # an unknown architecture may raise anything; the second way decides
-            found = repr(error)
+            found, fits = repr(error), False
+        if not sum_over_ranks(torch.tensor(float(not fits))).item():  # all ranks take the same way
+            return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
     raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
 
 

@@ -317,11 +317,12 @@ def seeded(device: torch.device | str, *parts) -> torch.Generator:
 def start_ranks(config: Config) -> None:
     """Joins the processes that the launcher has started; without a launcher there is one."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(alone | {"DS_ACCELERATOR": "cuda" if gpu else "cpu"} | os.environ)
     import deepspeed
 
     deepspeed.utils.logger.setLevel("WARNING")
+    sum_over_ranks.patience = config.dist_timeout
     if gpu:
         torch.cuda.set_device(LOCAL_RANK)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timedelta(seconds=config.dist_timeout), verbose=False)
@@ -349,16 +350,16 @@ def in_step(passes: Iterator, rollout: "Rollout") -> list:
 
 
 def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
-    """From our flags; entries of the file ds_config replace ours."""
+    """From our flags; entries of the file ds_config replace those for which there is no flag."""
     given = json.loads(Path(config.ds_config).read_text()) if config.ds_config else {}
     away = ["offload_optimizer", "offload_param"][: ["none", "optimizer", "all"].index(config.offload)]
     zero = {"stage": config.zero_stage, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     zero |= {name: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for name in away}
-    own = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
-           "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last gradient only
-           "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
-           "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False}
-    return own | given | {"zero_optimization": zero | given.get("zero_optimization", {})}
+    free = {"communication_data_type": "fp32", "zero_force_ds_cpu_optimizer": False} | given
+    return free | {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
+                   "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last only
+                   "bf16": {"enabled": dtype == torch.bfloat16}, "data_types": {"grad_accum_dtype": "fp32"},
+                   "zero_optimization": zero | given.get("zero_optimization", {}) | {"stage": config.zero_stage}}
 
 
 # ---- Data and rewards -----------------------------------------------------------------------------------------------
@@ -1241,6 +1242,7 @@ def generate(
 
 def sum_over_ranks(x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
     """All statistics go through it, so that all ranks of ppo_llm_multigpu.py take the same branch."""
+    faulthandler.dump_traceback_later(2 * sum_over_ranks.patience, exit=True)  # a rank that is stuck shows where
     total = x.detach().clone().to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(total, operation)
     return total.to(x.device)
@@ -1644,10 +1646,11 @@ def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[i
         model.packs, model.engine = packs, None
         try:
             found, model.engine = distance_from_plain(model, prompts, stop_ids, c), None
-            if found <= tolerance:
-                return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
+            fits = found <= tolerance
         except Exception as error:  # an unknown architecture may raise anything; the second way decides
-            found = repr(error)
+            found, fits = repr(error), False
+        if not sum_over_ranks(torch.tensor(float(not fits))).item():  # all ranks take the same way
+            return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
     raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
 
 
@@ -2001,7 +2004,6 @@ def main(config: Config) -> None:
     said: set[str] = set()
     for step in tqdm(range(start, 0 if config.eval_only else total), disable=RANK or not sys.stderr.isatty()):
         clock = clock_now()
-        faulthandler.dump_traceback_later(2 * config.dist_timeout, exit=True)  # a rank that is stuck shows where
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         batch = batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]
         examples = [train[i] for i in batch for _ in range(config.rollout_n)]

@@ -122,8 +122,8 @@ def ablation() -> str:
             seeds = sorted(set(whole) & set(changed))
             if seeds:
                 x, y = (np.array([found[seed] for seed in seeds]) for found in (whole, changed))
-                lines.append(f"| {env_id} | {variant} | {len(seeds)} | {mean_and_deviation(y)} | {mean_and_deviation(x)}"
-                             f" | {mean_and_deviation(y - x)} |")
+                cells = env_id, variant, len(seeds), *map(mean_and_deviation, (y, x, y - x))
+                lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -175,14 +175,18 @@ def test_the_flags_make_deepspeeds_configuration_and_a_file_replaces_entries(tmp
     import ppo_llm_multigpu as twin
 
     file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"gradient_clipping": 7.0, "zero_optimization": {"reduce_bucket_size": 99}}))
+    given = {"communication_data_type": "bf16", "gradient_clipping": 7.0, "managed_gradient_accumulation": True,
+             "zero_optimization": {"reduce_bucket_size": 99, "stage": 3}}
+    file.write_text(json.dumps(given))
     made = twin.deepspeed_config(twin.Config(zero_stage=3, offload="all", grad_clip=2.0), torch.bfloat16)
     assert made["gradient_clipping"] == 2.0 and made["bf16"] == {"enabled": True}
     assert made["zero_optimization"]["stage"] == 3 and made["data_types"] == {"grad_accum_dtype": "fp32"}
     assert {made["zero_optimization"][f"offload_{x}"]["device"] for x in ("optimizer", "param")} == {"cpu"}
     changed = twin.deepspeed_config(twin.Config(ds_config=str(file)), torch.float32)
-    assert changed["gradient_clipping"] == 7.0 and changed["bf16"] == {"enabled": False}
-    assert changed["zero_optimization"]["reduce_bucket_size"] == 99 and changed["zero_optimization"]["stage"] == 2
+    assert changed["zero_optimization"]["reduce_bucket_size"] == 99 and changed["communication_data_type"] == "bf16"
+    # what the flags say, and what the sums of gradients rest on, no file can change
+    assert changed["zero_optimization"]["stage"] == 2 and changed["gradient_clipping"] == 1.0
+    assert changed["bf16"] == {"enabled": False} and changed["managed_gradient_accumulation"] is False
     with pytest.raises(twin.UsageError, match="there is no file missing.json"):
         twin.check_config(twin.Config(ds_config="missing.json"))
 
