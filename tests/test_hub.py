@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,39 @@ def test_the_script_alone_without_a_model_asks_for_one_in_a_sentence(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "give --model" in done.stderr
     assert not (tmp_path / "output").exists()
+
+
+OFFLINE = """
+import runpy, socket, sys
+def refuse(*address):
+    open("attempt", "a").write(f"{address[1:]}\\n")
+    raise OSError("there is no network")
+socket.socket.connect = socket.socket.connect_ex = refuse
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_without_network(folder: Path, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
+    """ppo_llm.py as a user starts it, not told that there is no network, where every connection fails and is noted."""
+    common = f"""{SCRIPT} --dataset {folder}/prompts.jsonl --reward {folder}/reward.py:coin --device cpu --total_steps 1
+        --train_batch_size 8 --ppo_mini_batch_size 4 --max_prompt_length 16 --max_response_length 8 --eval_every 0"""
+    environment = {k: x for k, x in os.environ.items() if not k.startswith("HF_")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", OFFLINE, *common.split(), *flags], cwd=cwd, env=environment,
+                          capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_run_on_local_files_makes_no_connection(folder, tmp_path):
+    done = run_without_network(folder, tmp_path, "--model", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "attempt").exists()
+
+
+@pytest.mark.slow
+def test_a_remote_model_without_network_is_one_sentence_in_half_a_minute(folder, tmp_path):
+    began = time.monotonic()
+    done = run_without_network(folder, tmp_path, "--model", "no-such/model")
+    assert time.monotonic() - began < 60  # the imports of a busy machine included
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: model no-such/model: " in done.stderr
