@@ -122,12 +122,13 @@ def distance(one: Path, other: Path, what: str, start: Path | None = None) -> fl
 LORA = PPO | {"lora_rank": 8, "critic": "adapter", "lr": 1e-3}
 ONE = {"ppo": PPO, "grpo": GRPO, "lora": LORA, "ppo-bf16": PPO | BF16, "grpo-bf16": GRPO | BF16,
        "lora-bf16": LORA | BF16, "shared": PPO | {"critic": "shared"},
+       "recomputed": PPO | {"gradient_checkpointing": True},
        "hard": PPO | {"train_batch_size": 8, "ppo_mini_batch_size": 2, "ppo_epochs": 1}}
 HARD = [{"early_stop_kl": 1e-9}, {"poison": True}, {}]  # a gradient is dropped, a step skipped, then all goes on
 TWO = [(f"{name}-{layout}", name, layout) for name, layouts in {
     "ppo": ["zero0", "zero2", "zero3"], "grpo": ["zero0", "zero2", "zero3"], "ppo-bf16": ["zero2", "zero3"],
     "grpo-bf16": ["zero2", "zero3"], "lora": ["zero0", "zero2", "zero3"], "lora-bf16": ["zero2", "zero3"],
-    "shared": ["zero2", "zero3"], "hard": LAYOUTS}.items() for layout in layouts]
+    "shared": ["zero2", "zero3"], "recomputed": ["zero2", "zero3"], "hard": LAYOUTS}.items() for layout in layouts]
 
 
 @pytest.fixture(scope="module")
