@@ -146,7 +146,7 @@ def grow(config: Config, size: str, device: torch.device) -> list[dict]:
         _, part = next(ppo_llm.micro_batches(list(range(len(work.prompts))), work.rollout, work.c))
         for _ in range(2):  # the gradients are there in the second
             laps = Laps(device, tidy=True)
-            loss, _ = ppo_llm.actor_loss(work.models, part, part.mask / part.mask.sum(), coefficient, work.c)
+            loss, _ = ppo_llm.ppo_loss("actor", work.models, part, part.mask / part.mask.sum(), coefficient, work.c)
             work.models.actor.backward(loss)
             laps.lap("pass")
             del loss, _

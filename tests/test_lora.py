@@ -124,11 +124,10 @@ def test_gradients_under_checkpointing_are_those_without(folder, flags, role):
         models = make_models(config)
         take_steps(models, dataclasses.replace(config, ppo_epochs=2))  # B is no longer 0, and there is a KL
         rollout, _ = collect(models, config, step=1)
-        learner = models.actor if role == "actor" else models.critic
+        learner = getattr(models, role)
         learner.model.train()
         weights = ppo_llm.loss_weights(rollout.mask, "token-mean", 1.0)
-        loss_of = ppo_llm.actor_loss if role == "actor" else ppo_llm.critic_loss
-        learner.backward(loss_of(models, rollout, weights, 0.5, config)[0])
+        learner.backward(ppo_llm.ppo_loss(role, models, rollout, weights, 0.5, config)[0])
         gradients.append([w.grad.clone() for w in learner.masters])
     for plain_gradient, recomputed in zip(*gradients, strict=True):
         assert plain_gradient.norm() > 0

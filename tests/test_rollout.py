@@ -322,6 +322,31 @@ def count_tokens(policy: LanguageModel) -> list[int]:
     return widths
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("lengths", [[9, 8, 5, 5, 2, 1], [1, 7, 3, 8, 8], [4, 4], [6]])
+def test_packed_attention_is_that_of_each_sequence_alone(lengths, window):
+    heads = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=heads).requires_grad_() for n in (4, 2, 2))
+    _, packed = ppo_llm.pack([[5] * n for n in lengths], torch.device("cpu"))
+    out = ppo_llm.packed_attention(None, query, key, value, None, scaling=0.3, sliding_window=window, packed=packed)[0]
+    expected = []
+    for q, k, v in zip(*(x[0].split(lengths, 1) for x in (query, key, value)), strict=True):
+        scores = 0.3 * q @ k.repeat_interleave(2, 0).transpose(1, 2)
+        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
+        seen = (distance >= 0) & (distance < (window or 99))
+        expected.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v.repeat_interleave(2, 0))
+    expected, weights = torch.cat(expected, 1).transpose(0, 1)[None], torch.randn(out.shape, generator=heads)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for x, y in zip(*(torch.autograd.grad((o * weights).sum(), (query, key, value), retain_graph=True)
+                      for o in (out, expected)), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cpu_computes_little_padding_in_attention():
+    _, packed = ppo_llm.pack([[5] * n for n in (100, 90, 81, 50, 45, 20, 3)], torch.device("cpu"))
+    assert [part.lengths for part in packed.parts] == [[100, 90, 81], [50, 45], [20], [3]]
+
+
 def test_no_pass_computes_a_token_of_padding():
     policy = make_policy()
     widths = count_tokens(policy)

@@ -8,7 +8,7 @@ import torch
 from conftest import collect, make_config, make_models, read_log, take_steps
 
 import ppo_llm
-from ppo_llm import Learner, Rollout, actor_loss, forward, loss_weights, micro_batches, train_mini_batch, update
+from ppo_llm import Learner, Rollout, forward, loss_weights, micro_batches, ppo_loss, train_mini_batch, update
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 FREE = ["grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
@@ -162,7 +162,7 @@ def test_the_kl_loss_has_the_weights_of_the_policy_loss(mode, folder):
     models = make_models(config)
     rollout = stale(collect(models, config)[0])
     weights = loss_weights(rollout.mask, mode, 8)
-    low, high = (actor_loss(models, rollout, weights, coefficient, config)[0] for coefficient in (0.0, 0.3))
+    low, high = (ppo_loss("actor", models, rollout, weights, coefficient, config)[0] for coefficient in (0.0, 0.3))
     log_ratio = forward(models.actor.model, rollout, 1.0)[0] - rollout.ref_logprobs
     expected = 0.3 * (0.5 * log_ratio.square() * weights).sum().item()
     assert (high - low).item() == pytest.approx(expected, rel=1e-4) and expected > 0.01
@@ -177,7 +177,7 @@ def test_entropy_lowers_the_loss_and_value_errors_raise_it_by_their_coefficients
     weights = loss_weights(rollout.mask, mode, 8)
     _, entropy, values, _ = forward(models.actor.model, rollout, 1.0)
     plain, with_entropy, with_values = (
-        actor_loss(models, rollout, weights, 0.0, dataclasses.replace(config, **changes))[0].item()
+        ppo_loss("actor", models, rollout, weights, 0.0, dataclasses.replace(config, **changes))[0].item()
         for changes in ({}, {"entropy_coeff": 0.1}, {"vf_coef": 0.3}))
     assert plain - with_entropy == pytest.approx(0.1 * (entropy * weights).sum().item(), rel=1e-4)
     squares = 0.5 * (values - rollout.returns).square()
@@ -249,7 +249,7 @@ def test_exactly_the_positions_that_choose_a_response_token_get_a_gradient(respo
 
     monkeypatch.setattr(policy, "hidden", hidden)
     part.old_logprobs = forward(policy, part, 1.0)[0].detach()
-    actor_loss(models, part, mask, 0.0, config)[0].backward()
+    ppo_loss("actor", models, part, mask, 0.0, config)[0].backward()
     found = (seen[-1].grad.abs().sum(-1) > 0).nonzero().tolist()
     starts = (0, 3 + len(responses[0]))
     assert found == [[start + n - 1 + t] for start, n, r in zip(starts, (3, 1), responses, strict=True)
@@ -481,8 +481,8 @@ def test_the_critic_learns_the_mean_of_what_it_sees(folder):
 @pytest.mark.parametrize("in_loss", [False, True])
 @pytest.mark.parametrize("unit", ["token", "sequence"])
 def test_a_step_uses_the_coefficient_from_before_its_own_kl(unit, in_loss, folder, tmp_path, monkeypatch):
-    used, real = [], actor_loss
-    monkeypatch.setattr(ppo_llm, "actor_loss", lambda *args: (used.append(args[3]), real(*args))[1])
+    used, real = {"actor": [], "critic": []}, ppo_loss
+    monkeypatch.setattr(ppo_llm, "ppo_loss", lambda *args: (used[args[0]].append(args[4]), real(*args))[1])
     config = make_config(folder, output_dir=str(tmp_path / "run"), kl_ctrl_type="adaptive", kl_ctrl_unit=unit, lr=1e-2,
                          kl_ctrl_horizon=20, use_kl_loss=in_loss, kl_ctrl_coef=0.2, kl_loss_coef=0.2, total_steps=4,
                          kl_ctrl_target=0.02)
@@ -492,7 +492,7 @@ def test_a_step_uses_the_coefficient_from_before_its_own_kl(unit, in_loss, folde
         assert row["reward/kl_coef"] == pytest.approx(controller.coef)
         controller.update(row["reward/kl" if unit == "token" else "reward/kl_sequence"], 8)
     assert len({row["reward/kl_coef"] for row in rows}) == 4 and rows[1]["reward/kl_coef"] < 0.2 < controller.coef * 1.2
-    assert used == pytest.approx([row["reward/kl_coef"] for row in rows for _ in range(2)])
+    assert used["actor"] == pytest.approx([row["reward/kl_coef"] for row in rows for _ in range(2)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
