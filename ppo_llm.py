@@ -955,8 +955,10 @@ def packed_attention(
         raise NotImplementedError(f"packed attention does not fit {type(module).__name__}")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if packed.cache is not None:
-        if module.layer_idx not in packed.cache:
-            packed.cache[module.layer_idx] = [x.new_zeros(*packed.room, *x.shape[1:]) for x in (key, value)]
+        if module.layer_idx not in packed.cache:  # the flash kernel reads token by token, the CPU's head by head
+            order = (0, 1, 2, 3) if has_flash(key) else (0, 2, 1, 3)
+            packed.cache[module.layer_idx] = [torch.empty_permuted(
+                (*packed.room, *x.shape[1:]), order, dtype=x.dtype, device=x.device).zero_() for x in (key, value)]
         keys, values = packed.cache[module.layer_idx]
         keys[packed.slot, packed.position], values[packed.slot, packed.position] = key, value
     if not packed.lengths:

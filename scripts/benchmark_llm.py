@@ -58,7 +58,8 @@ COLUMNS = """phase who tokens_per_s seconds least most times_ours times_least ti
 @dataclass
 class Config:
     size: Literal["demo", "large", "qwen"] = "demo"  # about 1 M and 10 M parameters, and Qwen2.5-0.5B's shape
-    lengths: Literal["ragged", "full"] = "ragged"  # ragged: spread over 0.2-1 of the longest; qwen: as published
+    lengths: Literal["ragged", "full", "gsm8k"] = "ragged"  # spread over 0.2-1 of the longest (qwen: as gsm8k); all the
+    #   longest; as in the published GSM8K log
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda
     threads: int = 0  # of the CPU, for everyone; 0: as torch chooses
     repeats: int = 5  # timed turns, after one that is not counted
@@ -76,7 +77,8 @@ def make_work(size: str, lengths: str, device: torch.device, c: ppo_llm.Config, 
     shape["vocab_size"] = vocabulary or shape["vocab_size"]
     shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}} if size == "qwen" else {}
     spread = []  # prompt and response lengths, evenly from the shortest to the longest, in random order
-    ends = GSM8K if size == "qwen" else [(-(-n // 5), n) for n in (c.max_prompt_length, c.max_response_length)]
+    as_published = lengths == "gsm8k" or size == "qwen"
+    ends = GSM8K if as_published else [(-(-n // 5), n) for n in (c.max_prompt_length, c.max_response_length)]
     for low, high in ends:
         step = 0 if lengths == "full" else (high - low) / (count - 1)
         spread.append(choice.sample([high - round(step * i) for i in range(count)], count))
@@ -200,7 +202,9 @@ def main(config: Config) -> None:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     auto, size = "cuda" if torch.cuda.is_available() else "cpu", "quick" if config.quick else config.size
     device = torch.device(auto if config.device == "auto" else config.device)
-    work = None if config.growth else make_work(size, config.lengths, device, STEPS[size])
+    longest = dict(zip(("max_prompt_length", "max_response_length"), (high for _, high in GSM8K), strict=True))
+    step = replace(STEPS[size], **longest) if config.lengths == "gsm8k" else STEPS[size]
+    work = None if config.growth else make_work(size, config.lengths, device, step)
     rows = compare(work, config) if work else grow(config, size, device)
     path = config.results / f"{config.name or (f'{size}_{config.lengths}_{device.type}' if work else 'growth')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)

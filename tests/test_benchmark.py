@@ -101,7 +101,7 @@ def test_padded_losses_are_those_of_ppo_llm(role):
     benchmark_peers.ours(work)(benchmark_peers.Laps(work.device))
     lm, part = work.models.actor.model.lm, work.rollout.take(list(range(c.ppo_mini_batch_size)))
     modules = {"actor": lm, "critic": (work.models.critic.model.lm, work.models.critic.model.value_head)}
-    expected, _ = getattr(ppo_llm, f"{role}_loss")(work.models, part, part.mask, c.kl_coef, c)
+    expected, _ = ppo_llm.ppo_loss(role, work.models, part, part.mask, c.kl_coef, c)
     for model in (lm, work.models.critic.model.lm):
         model.set_attn_implementation("sdpa")
     losses = benchmark_peers.padded_losses(role, modules, part, c)
