@@ -70,7 +70,6 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
-RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
 OUR_MEASURES = """score score_std kl kl_sequence kl_coef accuracy accuracy_flexible standard_error
     standard_error_flexible failed""".split()  # of a reward, so no names for what a reward function measures
 STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_alpha", "lora_target")  # a checkpoint depends on it
@@ -1747,15 +1746,15 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     continued = start is not None and run_dir.resolve() in start.resolve().parents
     if continued and config.eval_only:
         run_dir, continued = own_dir, False  # an evaluation of a run adds nothing to its folder
+    summary = run_dir / "summary.json"
+    died = not newest and summary.exists() and '"status": "running"' in summary.read_text()
+    if any(run_dir.glob("*")) and not continued and not died:
+        raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
     if not continued:
-        present, summary = {path.name.removesuffix(".tmp") for path in run_dir.glob("*")}, run_dir / "summary.json"
-        died = summary.exists() and '"status": "running"' in summary.read_text() and not checkpoints(run_dir)
-        if present and not (died and present <= RUN_FILES):
-            raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another one")
-        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "training_metrics.csv").write_text("step\n")
         (run_dir / "samples.jsonl").write_text("")
-    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
     if run_dir == own_dir and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(name)
@@ -1790,8 +1789,9 @@ def load_checkpoint(folder: Path, models: Models, config: Config) -> tuple[int, 
 
 def cut_back(run_dir: Path, step: int) -> None:
     """Drops what a run did after this step, from which it takes another course."""
-    for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > step):
-        shutil.rmtree(later)
+    for folder in checkpoints(run_dir):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
     log, samples = run_dir / "training_metrics.csv", run_dir / "samples.jsonl"
     table = pandas.read_csv(log)
     write_whole(log, table[table["step"] <= step].to_csv(index=False))
@@ -1807,23 +1807,23 @@ def prepare(config: Config) -> tuple:
     check_config(config)
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
     transformers.utils.logging.disable_progress_bar()
-    length, known = config.max_prompt_length + config.max_response_length, []
+    length, sizes = config.max_prompt_length + config.max_response_length, []
     try:
-        for name in filter(None, (config.critic_model, config.model)):
+        for name in (config.critic_model or config.model, config.model):
             if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
                 raise UsageError(f"{name} is a LoRA adapter: export it with merge_lora, or go on from a checkpoint")
             lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
             context = getattr(lm_config, "max_position_embeddings", length)
-            known.append(lm_config.vocab_size)
             if length > context:
                 raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
+            is_reward_model(name, config)  # refuses a classifier of several classes
+            sizes.append(lm_config.vocab_size)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
         raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
-    if known[0] < min(len(tokenizer), known[-1]):
-        raise UsageError(f"critic_model {config.critic_model} knows {known[0]} tokens, the policy {known[-1]}")
-    is_reward_model(config.critic_model or config.model, config)  # refuses a classifier of several classes
+    if sizes[0] < min(len(tokenizer), sizes[1]):
+        raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
         if config.lora_rank:
@@ -1841,7 +1841,8 @@ def main(config: Config) -> None:
     total = 0 if config.eval_only else total
     if 0 < total <= config.critic_warmup:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
-    (run_dir, checkpoint_dir), first = open_run(config), (train or evals)[:2]
+    run_dir, checkpoint_dir = open_run(config)
+    first = (train or evals)[:2]
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
@@ -1860,7 +1861,7 @@ def main(config: Config) -> None:
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     said: set[str] = set()
-    for step in tqdm(range(start, total), disable=not sys.stderr.isatty()):
+    for step in tqdm(range(start, total), file=sys.stdout, disable=None):  # None: a bar on a terminal only
         clock = clock_now()
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         examples = [train[i] for i in batch for _ in range(config.rollout_n)]

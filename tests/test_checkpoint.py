@@ -203,8 +203,10 @@ def test_a_run_that_died_while_its_models_were_loaded_begins_anew(folder, tmp_pa
         with pytest.raises(ZeroDivisionError):
             main(config)
     (tmp_path / "run" / "training_metrics.csv.tmp").write_text("step\n")  # killed while it wrote
+    (tmp_path / "run" / "notes.txt").write_text("mine")
     main(config)
     assert [row["step"] for row in read_log(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_an_evaluation_is_not_overwritten_by_another(folder, tmp_path):
