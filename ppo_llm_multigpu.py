@@ -35,16 +35,14 @@ import importlib
 import inspect
 import json
 import math
-import multiprocessing
-import numbers
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -77,7 +75,8 @@ RANK, LOCAL_RANK, WORLD = (int(os.environ.get(x, x[0] == "W")) for x in ("RANK",
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
-RUN_FILES = {"summary.json", "training_metrics.csv", "training_curves.png", "samples.jsonl", "checkpoints"}
+OUR_MEASURES = """score score_std kl kl_sequence kl_coef accuracy accuracy_flexible standard_error
+    standard_error_flexible failed""".split()  # of a reward, so no names for what a reward function measures
 STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_alpha", "lora_target")  # a checkpoint depends on it
 LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
 STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
@@ -397,17 +396,14 @@ def read_rows(source: str, split: str) -> list[dict]:
     return rows
 
 
-def find_columns(columns: list[str], config: Config, source: str) -> tuple[str, str]:
-    """Names of the prompt and the answer column ("": none). Raises UsageError with the columns present."""
-    names, needed = [], (True, config.reward == "gsm8k")
-    known = ("question", "instruction", "prompt", "messages"), ("answer", "output")
-    for wanted, usual, must in zip((config.prompt_column, config.answer_column), known, needed, strict=True):
-        names.append(wanted or next((name for name in usual if name in columns), ""))
-        if names[-1] not in columns and (wanted or must):
-            near = "".join(f" (is it {x}?)" for x in difflib.get_close_matches(wanted or usual[0], columns, n=1))
-            wanted = wanted or " or ".join(usual)
-            raise UsageError(f"{source}: no column {wanted}; there are {', '.join(columns)}{near}")
-    return names[0], names[1]
+def find_column(columns: list[str], wanted: str | None, usual: str, needed: bool, source: str) -> str:
+    """The wanted column, else the first usual one, else "". Raises UsageError with the columns present."""
+    names = [wanted] if wanted else usual.split()
+    found = [name for name in names if name in columns]
+    if not found and (wanted or needed):
+        near = "".join(f" (is it {x}?)" for x in difflib.get_close_matches(names[0], columns, n=1))
+        raise UsageError(f"{source}: no column {' or '.join(names)}; there are {', '.join(columns)}{near}")
+    return found[0] if found else ""
 
 
 def render_prompt(messages: list[dict], tokenizer) -> list[int]:
@@ -420,7 +416,9 @@ def render_prompt(messages: list[dict], tokenizer) -> list[int]:
 
 def make_examples(rows: list[dict], tokenizer, config: Config, source: str, training: bool) -> list[Example]:
     """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
-    prompt_column, answer_column = find_columns(list(rows[0]), config, source)
+    columns, is_gsm8k = list(rows[0]), config.reward == "gsm8k"
+    prompt_column = find_column(columns, config.prompt_column, "question instruction prompt messages", True, source)
+    answer_column = find_column(columns, config.answer_column, "answer output", is_gsm8k, source)
     system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
     mode = config.overlong_prompt if training else "truncate_left"
     limit, overlong, examples = config.max_prompt_length, 0, []
@@ -429,7 +427,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
         if isinstance(answer, float):  # a CSV column with gaps: 18 has become 18.0, a gap NaN
             answer = int(answer) if answer.is_integer() else None if math.isnan(answer) else answer
         answer = "" if answer is None else str(answer)
-        if "####" in answer or config.reward == "gsm8k":
+        if "####" in answer or is_gsm8k:
             answer = answer.split("####")[-1].strip().replace(",", "")
         if isinstance(messages, str) and messages.strip():
             extra = f" {GSM8K_INSTRUCTION}" if prompt_column == "question" else ""
@@ -492,20 +490,13 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
 
 
 REWARD_PROCESS = """
-import importlib.util, json, os, sys, threading, time, traceback
-from multiprocessing.connection import Connection
-def end_with(parent):
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+import faulthandler, importlib.util, json, socket, sys, traceback
 number, path, name, *folders = sys.argv[1:]
-pipe, function, sys.path = Connection(int(number)), None, sys.path + folders
-while True:
-    try:
-        columns = json.loads(pipe.recv_bytes())
-    except EOFError:  # the training has ended
-        break
+sys.path += folders
+connection, function = socket.socket(fileno=int(number)).makefile('rw'), None
+for request in connection:  # until the training ends
+    seconds, *columns = json.loads(request)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # whatever it does, and whether or not anyone waits
     try:
         if function is None:  # a module with a name, so that the file may use process pools
             spec = importlib.util.spec_from_file_location('reward_file', path)
@@ -521,7 +512,8 @@ while True:
     except BaseException as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         reply = json.dumps([None, None, f'{error!r} at {place.filename}:{place.lineno}'])
-    pipe.send_bytes(reply.encode())
+    print(reply, file=connection, flush=True)
+    faulthandler.cancel_dump_traceback_later()
 """
 
 
@@ -533,14 +525,14 @@ def end_process(process: subprocess.Popen) -> None:
 
 
 def is_number(x) -> bool:
-    return isinstance(x, numbers.Real) and abs(x) < 3e38  # finite, in fp32 too
+    return isinstance(x, (int, float)) and abs(x) < 3e38  # finite, in fp32 too
 
 
 class RewardFunction:
-    """A user's FILE.py:function in a process of its own, which may hang or die.
+    """A user's FILE.py:function in a process of its own, which may hang or die; it is no sandbox.
 
-    It inherits no environment variables but those of reward_env; it is no sandbox. The function returns a score per
-    response, or (scores, {metric: a number per response}). Raises UsageError.
+    It sees no environment variables but those of reward_env. The function returns a score per response, or
+    (scores, {metric: a number per response}). Raises UsageError.
     """
 
     def __init__(self, spec: str, config: Config):
@@ -549,14 +541,13 @@ class RewardFunction:
         self.environment = {name: os.environ[name] for name in names & set(os.environ)}
         if absent := names - set(os.environ):
             warn(f"reward_env: not set are {', '.join(sorted(absent))}")
-        self.end, self.rows, self.failures = None, 1, 0
         try:
-            self.ask(self.timeout)
+            self.start()
         except RuntimeError as error:
             raise UsageError(f"reward {spec!r} cannot be loaded: {error}") from error
 
     def start(self) -> None:
-        self.pipe, theirs = multiprocessing.Pipe()
+        self.connection, theirs = socket.socketpair()
         path, _, name = self.spec.rpartition(":")
         folders = str(Path(path).resolve().parent), str(HERE)  # what it may import from
         process = subprocess.Popen(
@@ -564,62 +555,55 @@ class RewardFunction:
             env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
         theirs.close()
         self.end = weakref.finalize(self, end_process, process)  # also when self is dropped, and at the exit
+        self.ask(self.timeout)
 
     def ask(self, seconds: float, *columns: list) -> tuple[list, dict[str, list]]:
         """Scores and metrics; without columns the function is only loaded. Raises RuntimeError: what went wrong."""
-        if self.end is None or not self.end.alive:
+        if not self.end.alive:
             self.start()
-            if columns:
-                self.ask(self.timeout)
-        began, watch = time.monotonic(), threading.Timer(seconds, self.end)  # its end interrupts sending and receiving
-        watch.start()
+        began = time.monotonic()
+        self.connection.settimeout(seconds + 1)  # by then it has said where it hangs, and has ended
         try:
-            self.pipe.send_bytes(json.dumps(columns).encode())
-            scores, metrics, problem = json.loads(self.pipe.recv_bytes())
-        except (EOFError, OSError):
+            self.connection.sendall(json.dumps([seconds, *columns]).encode() + b"\n")
+            scores, metrics, problem = json.loads(self.connection.makefile("rb").readline())
+        except (OSError, ValueError):
             late = time.monotonic() - began >= seconds
             problem = f"no answer within {seconds:g} seconds (reward_timeout)" if late else "its process has ended"
             self.end()
-        finally:
-            watch.cancel()
-            watch.join()
         if problem is not None:
             raise RuntimeError(problem)
-        return scores, metrics
-
-    def __call__(self, *columns: list) -> tuple[list, dict[str, list]]:
-        """Scores, None where the function failed, and metrics of the other rows."""
-        self.rows, self.failures = len(columns[0]), 0
-        return self.score(*columns)
-
-    def score(self, *columns: list) -> tuple[list, dict[str, list]]:
-        """With a failed_score, the rows on which the function fails are searched for by halving, unless they are many.
-
-        A part has its share of reward_timeout, a tenth at least: one row that hangs costs about 2.4 times the whole.
-        """
-        count = len(columns[0])
-        if self.failures > max(1, self.rows // 10):  # score_responses ends the run
-            return [None] * count, {}
-        try:
-            scores, metrics = self.ask(self.timeout * max(0.1, count / self.rows), *columns)
-        except RuntimeError as error:
-            sentence = f"reward {self.spec} failed, at {columns[1][0][:80]!r}: {error}"
-            if self.failed_score is None:
-                raise UsageError(sentence) from error
-            if count == 1:
-                self.failures += 1
-                warn(sentence)
-                return [None], {}
-            (scores, metrics), (more, others) = (
-                self.score(*(x[part] for x in columns)) for part in (slice(count // 2), slice(count // 2, None)))
-            return scores + more, {name: metrics.get(name, []) + others.get(name, []) for name in {**metrics, **others}}
+        count = len(columns[0]) if columns else 0
         if not isinstance(scores, list) or len(scores) != count:
             raise UsageError(f"reward {self.spec} must return {count} scores, one per response, not {str(scores):.60}")
         for name, x in metrics.items():
             if not isinstance(x, list) or len(x) != count or not all(map(is_number, x)):
                 raise UsageError(f"reward {self.spec}: metric {name!r} must be {count} numbers, not {str(x):.60}")
-            if f"reward/{name}" in METRICS or f"eval/{name}" in METRICS or not re.fullmatch(r"\w[\w.-]*", name):
+            if name in OUR_MEASURES or not re.fullmatch(r"\w[\w.-]*", name):
                 raise UsageError(f"reward {self.spec}: a metric cannot have the name {name!r}")
+        return scores, metrics
+
+    def __call__(self, *columns: list) -> tuple[list, dict[str, list]]:
+        """Scores and metrics. With a failed_score, a batch that fails is scored row by row, and what fails is None.
+
+        A row has a tenth of reward_timeout. When more than a tenth has failed, the rest is left out: the run will end.
+        """
+        try:
+            return self.ask(self.timeout, *columns)
+        except RuntimeError as error:
+            if self.failed_score is None:
+                raise UsageError(f"reward {self.spec} failed, at {columns[1][0][:80]!r}: {error}") from error
+        scores, metrics = [], defaultdict(list)
+        for row in zip(*columns, strict=True):
+            try:
+                score, measured = self.ask(self.timeout / 10, *([x] for x in row))
+            except RuntimeError as error:
+                warn(f"reward {self.spec} failed, at {row[1][:80]!r}: {error}")
+                score, measured = [None], {}
+            scores += score
+            for name, x in measured.items():
+                metrics[name] += x
+            if scores.count(None) > max(1, len(columns[0]) // 10):
+                break
         return scores, metrics
 
 
@@ -1766,21 +1750,24 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
 # ---- Evaluation, logs, checkpoints ----------------------------------------------------------------------------------
 
 
+def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of x [B] over all ranks, and its standard error."""
+    everyone = torch.ones_like(x)
+    mean, count = masked_mean(x, everyone), sum_over_ranks(everyone.sum())
+    return mean, (masked_mean((x - mean).square(), everyone) / (count - 1).clamp(min=1)).sqrt()
+
+
 def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
     """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
     rollout = respond(models, examples, config, generator=None)
-    scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
-    rollout.scores = scores = scores.double()
+    rollout.scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
     metrics = {f"eval/{name}": x for name, x in measured.items()}
-    columns = {"score": scores}
+    metrics["eval/score"], metrics["eval/standard_error"] = mean_and_error(rollout.scores.double())
     if config.reward == "gsm8k":
         flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
-        columns |= {"accuracy": scores, "accuracy_flexible": torch.tensor(flexible).double()}
-    for name, x in columns.items():
-        count, total, squares = sum_over_ranks(torch.stack([x.new_tensor(len(x)), x.sum(), x.square().sum()])).tolist()
-        variance = max(0.0, squares / count - (total / count) ** 2) * count / max(count - 1, 1)
-        metrics[f"eval/{name}"] = total / count
-        metrics["eval/standard_error" + name.partition("_")[1] + name.partition("_")[2]] = math.sqrt(variance / count)
+        accuracy, error = mean_and_error(torch.tensor(flexible, dtype=torch.float64))
+        metrics |= {"eval/accuracy": metrics["eval/score"], "eval/accuracy_flexible": accuracy,
+                    "eval/standard_error_flexible": error}
     return metrics, describe(rollout, "eval", models, config)
 
 
@@ -1797,12 +1784,6 @@ def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dic
     } for i, ids in enumerate(r.responses[: config.print_samples])]
 
 
-METRICS = """step eval/score eval/standard_error eval/accuracy eval/accuracy_flexible eval/standard_error_flexible
-    reward/score reward/score_std reward/kl reward/kl_sequence reward/kl_coef policy/loss policy/clipfrac
-    policy/clipfrac_lower policy/approx_kl policy/entropy policy/ratio_first value/loss value/clipfrac
-    value/explained_variance rollout/response_length rollout/eos_rate rollout/logprob_gap optim/lr optim/critic_lr
-    optim/grad_norm optim/critic_grad_norm optim/skipped_steps time/rollout time/score time/update_actor
-    time/update_critic time/tokens_per_second""".split()
 CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
     value/explained_variance rollout/response_length""".split()
 
@@ -1826,20 +1807,21 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
             warn(f"step {step + 1}: {sentence}")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Whoever reads path finds the old text or this one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     if RANK:
         return
-    metrics = {name: float(x) for name, x in metrics.items()}
-    path = run_dir / "training_metrics.csv"
-    columns = pandas.read_csv(path, nrows=0).columns.tolist()
-    if new := [name for name in metrics if name not in columns]:  # what a reward measures is known when it has run
-        columns += new
-        table = pandas.read_csv(path, float_precision="round_trip").reindex(columns=columns)
-        table.to_csv(path.with_suffix(".tmp"), index=False)
-        path.with_suffix(".tmp").replace(path)
-    row = pandas.DataFrame([{"step": step} | metrics], columns=columns)
-    row.to_csv(path, mode="a", header=False, index=False)
+    metrics, path = {name: float(x) for name, x in metrics.items()}, run_dir / "training_metrics.csv"
+    table = pandas.read_csv(path, index_col="step")
+    table = pandas.concat([table, pandas.DataFrame(metrics, index=[step])]).sort_index(axis=1)
+    write_whole(path, table.to_csv(index_label="step"))
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
     if tracker:
@@ -1855,17 +1837,16 @@ def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
     if RANK:
         return []
     table = pandas.read_csv(run_dir / "training_metrics.csv")
-    evaluations = table[table["eval/score"].notna()].filter(regex="^(step|eval/)").dropna(axis=1).to_dict("records")
+    evaluations = table.filter(regex="^(step|eval/)").dropna(thresh=2).dropna(axis=1).to_dict("records")
     command = ["deepspeed", *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    summary = {"status": status, "step": int(table["step"].max()) if len(table) else 0, "versions": versions,
+    summary = {"status": status, "step": max(table["step"], default=0), "versions": versions,
                "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
                "resume_command": shlex.join(command), "config": asdict(config)}
-    (run_dir / "summary.tmp").write_text(json.dumps(summary, indent=2))
-    (run_dir / "summary.tmp").replace(run_dir / "summary.json")  # never half written
+    write_whole(run_dir / "summary.json", json.dumps(summary, indent=2))
     figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
     for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
-        axis.plot("step", name, data=table[["step", name]].dropna())
+        axis.plot("step", name, data=table.reindex(columns=["step", name]).dropna())
         axis.set(title=name, xlabel="step")
     figure.savefig(run_dir / "training_curves.png", dpi=80)
     return evaluations
@@ -1876,7 +1857,10 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError."""
+    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError.
+
+    A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
+    """
     name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     own_dir, link = Path("output", name), Path("output", "ppo_metrics")
     run_dir = Path(config.output_dir or own_dir)
@@ -1884,22 +1868,22 @@ def open_run(config: Config) -> tuple[Path, Path | None]:
     start = {"auto": newest, "never": None, "must": newest or run_dir}.get(config.resume, Path(config.resume))
     if start and not (start / "state.json").is_file():
         raise UsageError(f"resume {config.resume}: no checkpoint in {start}")
-    inside = start is not None and run_dir.resolve() in start.resolve().parents
-    if config.eval_only and inside:
-        run_dir, inside = own_dir, False  # an evaluation of a run adds nothing to its folder
-    # A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
-    present, summary = {path.name for path in run_dir.glob("*")}, run_dir / "summary.json"
-    died = summary.exists() and '"status": "running"' in summary.read_text() and not checkpoints(run_dir)
-    if present and not inside and not (died and present <= RUN_FILES):
+    continued = start is not None and run_dir.resolve() in start.resolve().parents
+    if continued and config.eval_only:
+        run_dir, continued = own_dir, False  # an evaluation of a run adds nothing to its folder
+    summary = run_dir / "summary.json"
+    died = not newest and summary.exists() and '"status": "running"' in summary.read_text()
+    if any(run_dir.glob("*")) and not continued and not died:
         raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
-    if not inside:
-        (run_dir / "training_metrics.csv").write_text(",".join(METRICS) + "\n")
+    if not continued:
+        (run_dir / "training_metrics.csv").write_text("step\n")
         (run_dir / "samples.jsonl").write_text("")
     if run_dir == own_dir and (link.is_symlink() or not link.exists()):
         link.unlink(missing_ok=True)
         link.symlink_to(name)
+    save_summary(run_dir, config, "running")
     return run_dir, start
 
 
@@ -1918,8 +1902,8 @@ def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, co
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config) -> tuple[int, float]:
-    """Restores the learners and cuts the logs of run_dir back to the checkpoint's step. Returns (step, kl_coef)."""
+def load_checkpoint(folder: Path, models: Models, config: Config) -> tuple[int, float]:
+    """Restores the learners. Returns (step, kl_coef). Raises UsageError if they do not fit."""
     state = json.loads((folder / "state.json").read_text())
     for key in (*STRUCTURE, *["model"] * bool(config.lora_rank)):  # an adapter belongs to its model
         if state.get(key, getattr(Config, key)) != getattr(config, key):
@@ -1927,15 +1911,21 @@ def load_checkpoint(folder: Path, run_dir: Path, models: Models, config: Config)
     models.actor.load(folder / "actor.safetensors")
     if models.critic:
         models.critic.load(folder / "critic.safetensors")
-    if RANK:
-        return state["step"], state["kl_coef"]
-    for later in (path for path in checkpoints(run_dir) if int(path.name[5:]) > state["step"]):
-        shutil.rmtree(later)  # the run takes another course from here
-    for path in filter(Path.exists, (run_dir / "training_metrics.csv", run_dir / "samples.jsonl")):
-        lines = path.read_text().splitlines(keepends=True)  # each begins with its step, but for the header
-        steps = [int((re.match(r'(?:{"step": )?(\d+)', line) or [0, 0])[1]) for line in lines]
-        path.write_text("".join(line for line, step in zip(lines, steps, strict=True) if step <= state["step"]))
     return state["step"], state["kl_coef"]
+
+
+def cut_back(run_dir: Path, step: int) -> None:
+    """Drops what a run did after this step, from which it takes another course."""
+    if RANK:
+        return
+    for folder in checkpoints(run_dir):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    log, samples = run_dir / "training_metrics.csv", run_dir / "samples.jsonl"
+    table = pandas.read_csv(log)
+    write_whole(log, table[table["step"] <= step].to_csv(index=False))
+    lines = [x for x in samples.read_text().splitlines(keepends=True) if x.endswith("\n")]  # the last may be half one
+    write_whole(samples, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -1946,26 +1936,27 @@ def prepare(config: Config) -> tuple:
     check_config(config)
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
     transformers.utils.logging.disable_progress_bar()
-    length, known = config.max_prompt_length + config.max_response_length, []
+    length, sizes = config.max_prompt_length + config.max_response_length, []
     try:
-        for name in filter(None, (config.critic_model, config.model)):
+        for name in (config.critic_model or config.model, config.model):
             if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
                 raise UsageError(f"{name} is a LoRA adapter: export it with merge_lora, or go on from a checkpoint")
             lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
             context = getattr(lm_config, "max_position_embeddings", length)
-            known.append(lm_config.vocab_size)
             if length > context:
                 raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
+            is_reward_model(name, config)  # refuses a classifier of several classes
+            sizes.append(lm_config.vocab_size)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
         raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
-    if known[0] < min(len(tokenizer), known[-1]):
-        raise UsageError(f"critic_model {config.critic_model} knows {known[0]} tokens, the policy {known[-1]}")
-    is_reward_model(config.critic_model or config.model, config)  # refuses a classifier of several classes
+    if sizes[0] < min(len(tokenizer), sizes[1]):
+        raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
     try:
         tracker = None if config.track == "none" else importlib.import_module(config.track)
-        importlib.import_module("peft" if config.lora_rank else "transformers")
+        if config.lora_rank:
+            importlib.import_module("peft")
     except ImportError as error:
         raise UsageError(f"an option needs a package that is missing: pip install {error.name}") from error
     train, evals = load_examples(tokenizer, config)
@@ -1977,13 +1968,15 @@ def main(config: Config) -> None:
     tokenizer, reward, train, evals, tracker = one_rank_first(prepare, config)
     torch.use_deterministic_algorithms(config.deterministic)
     total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
-    if config.critic_warmup >= total and not config.eval_only:
+    total = 0 if config.eval_only else total
+    if 0 < total <= config.critic_warmup:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     if 0 < len(evals) < WORLD:
         raise UsageError(f"{len(evals)} evaluation rows are fewer than {WORLD} ranks")
     folders = [open_run(config) if RANK == 0 else None]
     dist.broadcast_object_list(folders)
-    (run_dir, checkpoint_dir), first = folders[0], (train or evals)[:2]
+    run_dir, checkpoint_dir = folders[0]
+    first = (train or evals)[:2]
     print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
           f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
           f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
@@ -1995,14 +1988,14 @@ def main(config: Config) -> None:
     target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
     kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
     if checkpoint_dir:
-        start, kl_controller.coef = load_checkpoint(checkpoint_dir, run_dir, models, config)
+        start, kl_controller.coef = load_checkpoint(checkpoint_dir, models, config)
+        cut_back(run_dir, start)
     if tracker and not RANK:
         tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
-    save_summary(run_dir, config, "running")
     said: set[str] = set()
-    for step in tqdm(range(start, 0 if config.eval_only else total), disable=RANK or not sys.stderr.isatty()):
+    for step in tqdm(range(start, total), file=sys.stdout, disable=None):  # None: a bar on a terminal only
         clock = clock_now()
         batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
         batch = batch[RANK * len(batch) // WORLD : (RANK + 1) * len(batch) // WORLD]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import torch
 from conftest import collect, make_config, make_models, make_prompts, read_log, take_steps
 
 import ppo_llm
-from ppo_llm import METRICS, Config, Example, check_health, evaluate, main
+from ppo_llm import Config, Example, check_health, evaluate, main
 
 SCRIPT = Path(ppo_llm.__file__)
+METRICS = set(re.findall(r"`(\w+/\w+)`", (SCRIPT.parent / "docs" / "metrics.md").read_text()))  # what is documented
+METRICS -= {f"{split}/{name}" for split in ("reward", "eval") for name in ("NAME", "truncated", "failed")}  # optional
 TOKEN_COLUMNS = "token logprob ref_logprob kl reward value advantage return ratio clipped".split()
 
 
@@ -66,13 +69,14 @@ def test_the_summary_says_how_the_run_began_and_ended(finished):
 
 def test_the_log_has_a_row_for_every_step_and_the_documented_columns(finished):
     run_dir = finished[1]
-    assert (run_dir / "training_metrics.csv").read_text().splitlines()[0].split(",") == METRICS
+    columns = (run_dir / "training_metrics.csv").read_text().splitlines()[0].split(",")
+    assert columns[0] == "step" and columns[1:] == sorted(columns[1:])
     rows = read_log(run_dir)
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert ["eval/score" in row for row in rows] == [True, False, True, True]
     unused = {"eval/accuracy", "eval/accuracy_flexible", "eval/standard_error_flexible",  # of gsm8k
               "rollout/logprob_gap"}  # of bfloat16
-    assert set(rows[3]) == set(METRICS) - unused
+    assert set(rows[3]) == {"step"} | METRICS - unused and set(rows[3]) == set(columns)
     assert all(math.isfinite(x) for row in rows for x in row.values())
 
 
@@ -154,14 +158,24 @@ def test_a_folder_called_ppo_metrics_is_not_replaced_by_the_link(folder, tmp_pat
     assert Path("output", "ppo_metrics", "mine.txt").read_text() == "keep"
 
 
+def test_the_log_takes_a_new_metric_later_and_keeps_every_bit(tmp_path):
+    (tmp_path / "training_metrics.csv").write_text("step\n")
+    (tmp_path / "samples.jsonl").touch()
+    rows = [{"step": 1, "b": 0.1 + 0.2}, {"step": 2, "b": math.nan}, {"step": 3, "a": 1 / 3, "b": 1e-300, "c": 5e-324}]
+    for row in rows:
+        ppo_llm.log_metrics(tmp_path, row["step"], {name: x for name, x in row.items() if name != "step"}, [], None)
+    assert (tmp_path / "training_metrics.csv").read_text().splitlines()[0] == "step,a,b,c"
+    assert read_log(tmp_path) == [rows[0], {"step": 2}, rows[2]]
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"critic": "shared"}, {"adv_estimator": "rloo", "rollout_n": 2}, {"dtype": "bfloat16", "use_kl_loss": True}])
-def test_every_number_that_is_measured_has_a_column(changes, folder):
+def test_every_number_that_is_measured_is_documented(changes, folder):
     config = make_config(folder, **changes)
     models, gsm8k = make_models(config), dataclasses.replace(config, reward="gsm8k")
     metrics, _ = evaluate(models, lambda *args: [1.0], [Example("", "1", [5])], gsm8k)
     measured = set(take_steps(models, config)) | set(metrics)
-    assert measured <= set(METRICS)
+    assert measured <= METRICS
     assert {"policy/loss", "eval/accuracy_flexible"} <= measured
 
 

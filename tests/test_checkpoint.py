@@ -196,6 +196,38 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_anew(folder, tmp_pat
     assert without_times(tmp_path / "run") == without_times(tmp_path / "straight")
 
 
+def test_a_run_that_died_while_its_models_were_loaded_begins_anew(folder, tmp_path, monkeypatch):
+    config = long_config(folder, tmp_path / "run", total_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_llm, "build_models", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(config)
+    (tmp_path / "run" / "training_metrics.csv.tmp").write_text("step\n")  # killed while it wrote
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    main(config)
+    assert [row["step"] for row in read_log(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_an_evaluation_is_not_overwritten_by_another(folder, tmp_path):
+    config = long_config(folder, tmp_path / "run", eval_only=True)
+    main(config)
+    before = tree(tmp_path / "run")
+    with pytest.raises(UsageError, match="not empty"):
+        main(config)
+    assert tree(tmp_path / "run") == before
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(folder, tmp_path):
+    config = long_config(folder, tmp_path / "run")
+    interrupted(config, 3)
+    samples = tmp_path / "run" / "samples.jsonl"
+    samples.write_text(samples.read_text() + '{"step": 1')
+    main(config)
+    steps = [json.loads(line)["step"] for line in samples.read_text().splitlines()]
+    assert steps == sorted(steps) and set(steps) == {0, 1, 2, 3, 4, 5}
+
+
 def test_an_empty_folder_is_used(folder, tmp_path):
     (tmp_path / "run").mkdir()
     main(long_config(folder, tmp_path / "run", total_steps=1))
@@ -262,7 +294,7 @@ def test_every_learner_comes_back_with_weights_optimizer_and_counters(critic, fo
     take_steps(models, config, 2)
     models.actor.skipped_steps = 7
     ppo_llm.save_checkpoint(tmp_path, 2, models, 0.125, config)
-    assert ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_2", tmp_path, fresh, config) == (2, 0.125)
+    assert ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_2", fresh, config) == (2, 0.125)
     assert fresh.actor.skipped_steps == 7
     prompts, responses, mask = [[5, 6, 9]], [[7, 8]], torch.ones(1, 2)
     part = ppo_llm.Rollout(prompts, responses, mask, mask * 0)
@@ -295,7 +327,7 @@ def test_a_checkpoint_of_another_shape_is_an_error(folder, tmp_path):
     other = save_folder(tmp_path / "m", make_lm(hidden_size=16))
     with pytest.raises(Exception, match="size|shape|must match"):
         models, config = make_models(make_config(other)), make_config(other)
-        ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_1", tmp_path, models, config)
+        ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_1", models, config)
 
 
 @pytest.mark.parametrize("flags", [{"critic": "shared"}, {"adv_estimator": "rloo", "rollout_n": 2}])
@@ -304,7 +336,7 @@ def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_sentence(flags, f
     ppo_llm.save_checkpoint(tmp_path, 1, make_models(config), 0.0, config)
     other = make_config(folder, **flags)
     with pytest.raises(ppo_llm.UsageError, match="was made with"):
-        ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_1", tmp_path, make_models(other), other)
+        ppo_llm.load_checkpoint(tmp_path / "checkpoints" / "step_1", make_models(other), other)
 
 
 def test_a_copy_that_somebody_kept_beside_the_checkpoints_is_left_alone(folder, tmp_path):

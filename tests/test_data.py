@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,10 @@ def refusal(function, *arguments) -> str:
         function(*arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def refusal_of(rows: list[dict], tokenizer, **flags) -> str:
+    return refusal(ppo_llm.make_examples, rows, tokenizer, Config(**flags), "SOURCE", True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +194,7 @@ def test_a_hub_that_cannot_be_reached_is_the_users_error(monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# find_columns.
+# Columns.
 
 
 @pytest.mark.parametrize(("columns", "flags", "expected"), [
@@ -199,8 +204,9 @@ def test_a_hub_that_cannot_be_reached_is_the_users_error(monkeypatch):
     (["instruction", "input"], {"reward": "f.py:f"}, ("instruction", "")),
     (["question", "answer", "text", "label"], {"prompt_column": "text", "answer_column": "label"}, ("text", "label")),
     (["prompt", "label"], {"answer_column": "label"}, ("prompt", "label"))])
-def test_the_columns_of_every_known_format_are_found(columns, flags, expected):
-    assert ppo_llm.find_columns(columns, Config(**flags), "SOURCE") == expected
+def test_the_columns_of_every_known_format_are_found(tokenizer, columns, flags, expected):
+    example = examples_of([{name: name for name in columns}], tokenizer, **{"reward": "gsm8k"} | flags)[0]
+    assert (re.split(r"\s", example.text)[0], example.answer) == expected
 
 
 @pytest.mark.parametrize(("columns", "flags", "wanted"), [
@@ -209,8 +215,8 @@ def test_the_columns_of_every_known_format_are_found(columns, flags, expected):
     (["prompt", "answer"], {"prompt_column": "text"}, "text"),
     (["prompt", "answer"], {"answer_column": "label"}, "label"),
     (["prompt"], {"answer_column": "label", "reward": "f.py:f"}, "label")])
-def test_an_unknown_column_is_refused_with_the_columns_there_are(columns, flags, wanted):
-    sentence = refusal(ppo_llm.find_columns, columns, Config(**flags), "SOURCE")
+def test_an_unknown_column_is_refused_with_the_columns_there_are(tokenizer, columns, flags, wanted):
+    sentence = refusal_of([{name: name for name in columns}], tokenizer, **flags)
     assert sentence == f"SOURCE: no column {wanted}; there are {', '.join(columns)}"
 
 
@@ -284,10 +290,10 @@ def test_a_row_without_text_is_refused_with_its_number_and_column(tokenizer, pro
     assert refusal(examples_of, rows, tokenizer) == "SOURCE: row 3 has no text in column 'prompt'"
 
 
-def test_a_column_that_is_nearly_right_is_suggested():
-    sentence = refusal(ppo_llm.find_columns, ["questions", "answer"], Config(), "SOURCE")
+def test_a_column_that_is_nearly_right_is_suggested(tokenizer):
+    sentence = refusal_of([{"questions": "a", "answer": "b"}], tokenizer)
     assert sentence.endswith("there are questions, answer (is it questions?)")
-    assert "is it" not in refusal(ppo_llm.find_columns, ["x", "answer"], Config(), "SOURCE")
+    assert "is it" not in refusal_of([{"x": "a", "answer": "b"}], tokenizer)
 
 
 def test_prompts_that_are_trained_on_and_evaluated_are_counted(tmp_path, tokenizer, capsys):

@@ -20,12 +20,12 @@ MODULES = {"ppo_llm": ppo_llm, "ppo_llm_multigpu": ppo_llm_multigpu, "ppo_classi
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in MODULES}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 # Lines today; lower a number when its file gets shorter, never raise it.
-LEDGER = {"ppo_llm": 1912, "ppo_llm_multigpu": 2054, "ppo_classic": 859}
+LEDGER = {"ppo_llm": 1905, "ppo_llm_multigpu": 2047, "ppo_classic": 859}
 SHARED = ["UsageError", "warn", "clipped_policy_loss", "clipped_value_loss"]  # the same text in every file
 OWN = ["Config", "check_config", "evaluate", "update", "save_checkpoint", "load_checkpoint", "checkpoints", "open_run",
        "save_summary", "collect_rollout", "compute_advantages", "compute_gae", "main"]  # same name, another task
 TWIN_NEW = ["deepspeed_config", "in_step", "one_rank_first", "own_rows", "start_ranks"]
-TWIN_DIFFERS = """Config Engine Learner build_models check_config generate load_checkpoint load_lm log_metrics main
+TWIN_DIFFERS = """Config Engine Learner build_models check_config cut_back generate load_lm log_metrics main
     save_checkpoint save_summary sum_over_ranks train_mini_batch union_over_ranks update warn whole_weights""".split()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / f"{name}.py" for name in MODULES)]
 each_file = pytest.mark.parametrize("name", MODULES)
