@@ -52,7 +52,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -998,12 +998,27 @@ class Packed:
     row: Tensor  # [N] its sequence
     position: Tensor  # [N] in that sequence
     lengths: list[int]  # tokens of each sequence; empty in decode
-    place: Tensor | None = None  # [N] row * longest + position: where pad() puts it
     starts: Tensor | None = None  # [sequences + 1] where each begins, and N; int32
     cache: dict | None = None  # layer -> keys and values [slots, capacity, heads, D]
     slot: Tensor | None = None  # [N] KV slot
     room: tuple[int, int] = (0, 0)  # slots, capacity
     reach: int = 0  # decode on the CPU: no slot holds more tokens
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[N] where pad() puts each token, in a rectangle laid out row by row."""
+        return self.row * max(self.lengths) + self.position
+
+    @cached_property
+    def parts(self) -> list["Packed"]:
+        """Neighbours of similar length, for attention on the CPU: it computes the padding of a rectangle."""
+        parts, first = [], 0
+        for end in range(1, len(self.lengths) + 1):
+            if end == len(self.lengths) or not 0.8 <= self.lengths[end] / self.lengths[first] <= 1.25:
+                tokens = slice(sum(self.lengths[:first]), sum(self.lengths[:end]))
+                parts.append(Packed(self.row[tokens] - first, self.position[tokens], self.lengths[first:end]))
+                first = end
+        return parts
 
     def pad(self, x: Tensor) -> Tensor:
         """[N, ...] -> [sequences, longest, ...], 0 behind the end of a sequence."""
@@ -1023,9 +1038,8 @@ def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Pack
     row = torch.arange(len(lengths)).repeat_interleave(lengths)
     position = torch.arange(len(row)) - starts[row]
     ids = torch.tensor([token for sequence in sequences for token in sequence])
-    everything = ids, row, position, row * max(map(len, sequences)) + position, starts.int()
-    ids, row, position, place, starts = (x.to(device, non_blocking=True) for x in everything)
-    return ids, Packed(row, position, lengths.tolist(), place, starts)
+    ids, row, position, starts = (x.to(device, non_blocking=True) for x in (ids, row, position, starts.int()))
+    return ids, Packed(row, position, lengths.tolist(), starts)
 
 
 def packed_attention(
@@ -1040,23 +1054,29 @@ def packed_attention(
         raise NotImplementedError(f"packed attention does not fit {type(module).__name__}")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if packed.cache is not None:
-        if module.layer_idx not in packed.cache:
-            packed.cache[module.layer_idx] = [x.new_zeros(*packed.room, *x.shape[1:]) for x in (key, value)]
+        if module.layer_idx not in packed.cache:  # the flash kernel reads token by token, the CPU's head by head
+            order = (0, 1, 2, 3) if has_flash(key) else (0, 2, 1, 3)
+            packed.cache[module.layer_idx] = [torch.empty_permuted(
+                (*packed.room, *x.shape[1:]), order, dtype=x.dtype, device=x.device).zero_() for x in (key, value)]
         keys, values = packed.cache[module.layer_idx]
         keys[packed.slot, packed.position], values[packed.slot, packed.position] = key, value
     if not packed.lengths:
         return attend_to_slots(query, keys, values, packed, scaling, sliding_window)[None], None
-    longest, window = max(packed.lengths), sliding_window
+    window = sliding_window
     if has_flash(query):
+        longest = max(packed.lengths)
         return flash_attention(query, key, value, packed.starts, packed.starts, max_q=longest, max_k=longest,
                                scale=scaling, window_size=(window - 1 if window else -1, 0))[None], None
-    mask, grouped = None, query.shape[1] != key.shape[1]
-    if window and longest > window:
-        mask = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - window)
-    query, key, value = (packed.pad(x).transpose(1, 2) for x in (query, key, value))  # causal: padding needs no mask
-    out = nn.functional.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
-    return packed.unpad(out.transpose(1, 2))[None], None
+    outputs, sizes = [], [len(part.row) for part in packed.parts]
+    for part, *inputs in zip(packed.parts, *(x.split(sizes) for x in (query, key, value)), strict=True):
+        q, k, v = (part.pad(x).transpose(1, 2) for x in inputs)  # causal: the padding behind needs no mask
+        mask, longest = None, q.shape[2]
+        if window and longest > window:
+            mask = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril().triu(1 - window)
+        out = nn.functional.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+        outputs.append(part.unpad(out.transpose(1, 2)))
+    return torch.cat(outputs)[None], None
 
 
 def has_flash(x: Tensor) -> bool:
@@ -1641,34 +1661,33 @@ def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[i
 # ---- Update ---------------------------------------------------------------------------------------------------------
 
 
-def actor_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
-    """The loss of a micro-batch, a sum over its tokens, and what to log of each token."""
-    uses_kl, old_logprobs = c.use_kl_loss and c.kl_coef > 0, part.old_logprobs
+def ppo_loss(role: str, models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple:
+    """The loss of a micro-batch, a sum over its tokens, and what to log of each token.
+
+    The policy's terms for the "actor", the value loss for the "critic", both with a shared critic.
+    """
+    model, old_logprobs, loss, logged = getattr(models, role).model, part.old_logprobs, 0.0, {}
+    uses_kl = role == "actor" and c.use_kl_loss and c.kl_coef > 0
     reference = models.reference if uses_kl and c.kl_kind == "full" else None
-    logprobs, entropy, values, kl = forward(models.actor.model, part, c.temperature, reference)
-    if c.on_policy and models.actor.model.lm.dtype != torch.float32:
+    logprobs, entropy, values, kl = forward(model, part, c.temperature, reference)
+    if values is not None:
+        value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
+        loss = value_loss if role == "critic" else c.vf_coef * value_loss
+        logged = {"value/loss": value_loss, "value/clipfrac": value_clipped}
+    if logprobs is None:
+        return (loss * weights).sum(), logged
+    if c.on_policy and model.lm.dtype != torch.float32:
         old_logprobs = logprobs.detach()  # as exact as a pass of its own, which collect_rollout has saved
     low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
     high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
-    loss, ratio, clipped, bounded = clipped_policy_loss(
+    policy_loss, ratio, clipped, bounded = clipped_policy_loss(
         logprobs, old_logprobs, part.advantages, low, high, c.clip_ratio_c)
-    logged = {"policy/loss": loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
-              "policy/approx_kl": estimate_kl(old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
-    loss = loss - c.entropy_coeff * entropy
+    loss = loss + policy_loss - c.entropy_coeff * entropy
     if uses_kl:
         loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
-    if values is not None:  # the critic is shared: one joint loss
-        value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
-        loss = loss + c.vf_coef * value_loss
-        logged |= {"value/loss": value_loss, "value/clipfrac": value_clipped}
-    return (loss * weights).sum(), logged
-
-
-def critic_loss(models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple[Tensor, dict]:
-    """The same for the separate critic, which no KL concerns."""
-    values = forward(models.critic.model, part, c.temperature)[VALUES]
-    loss, clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
-    return (loss * weights).sum(), {"value/loss": loss, "value/clipfrac": clipped}
+    return (loss * weights).sum(), logged | {
+        "policy/loss": policy_loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
+        "policy/approx_kl": estimate_kl(old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
 
 
 def train_mini_batch(
@@ -1678,13 +1697,12 @@ def train_mini_batch(
 
     Returns the sums over tokens of what the loss logs (weighted for `.../loss`), and tokens, stopped, grad_norm.
     """
-    learner, loss_of = (models.actor, actor_loss) if role == "actor" else (models.critic, critic_loss)
-    weights, sums = torch.zeros_like(rollout.mask), defaultdict(float)
+    learner, weights, sums = getattr(models, role), torch.zeros_like(rollout.mask), defaultdict(float)
     weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
     with whole_weights(learner.model, models.reference if role == "actor" and c.kl_kind == "full" else None):
         for rows, part in in_step(micro_batches(batch, rollout, c), rollout):
             width = part.mask.shape[1]
-            loss, logged = loss_of(models, part, weights[rows, :width], kl_coef, c)
+            loss, logged = ppo_loss(role, models, part, weights[rows, :width], kl_coef, c)
             learner.backward(loss)
             if role == "actor":
                 rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
@@ -1709,8 +1727,7 @@ def update(role: str, models: Models, rollout: Rollout, step: int, total: int, k
     Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the epochs
     of the critic end when its loss there stops falling.
     """
-    clock, actor = clock_now(), role == "actor"
-    learner = models.actor if actor else models.critic
+    clock, actor, learner = clock_now(), role == "actor", getattr(models, role)
     epochs = c.ppo_epochs if actor else c.critic_ppo_epochs or c.ppo_epochs
     size = c.ppo_mini_batch_size if actor else c.critic_ppo_mini_batch_size or c.ppo_mini_batch_size
     delay = c.critic_warmup if actor else 0  # the actor's schedule starts when it does
