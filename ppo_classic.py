@@ -320,20 +320,21 @@ class Gaussian:
         return weighted * np.exp(-self.log_std), (weighted * z).sum(0) - d_logprobs.sum() + d_entropy.sum()
 
 
-def build_network(space: Box, blocks: dict[int, float], c: Config) -> nn.Sequential:
-    """Two tanh layers, or the CNN of Mnih et al. (2015); orthogonal weights, a gain for each block of outputs."""
+def build_network(space: Box, blocks: list[tuple[int, float]], c: Config) -> nn.Sequential:
+    """Two tanh layers, or the CNN of Mnih et al. (2015); orthogonal weights. blocks: size and gain of the outputs."""
+    sizes, gains = zip(*blocks, strict=True)
     if is_image(space):
         depth, *side = sorted(space.shape)
         body = [nn.Conv2d(depth, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3),
-                nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, sum(blocks))]
+                nn.ReLU(), nn.Flatten(), nn.LazyLinear(512), nn.ReLU(), nn.Linear(512, sum(sizes))]
         nn.Sequential(*body)(torch.zeros(1, depth, *side))  # gives the lazy layer its size
     else:
         h = c.hidden_size
-        body = [nn.Linear(math.prod(space.shape), h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, sum(blocks))]
+        body = [nn.Linear(math.prod(space.shape), h), nn.Tanh(), nn.Linear(h, h), nn.Tanh(), nn.Linear(h, sum(sizes))]
     for layer in (layer for layer in body if hasattr(layer, "weight")):
         nn.init.orthogonal_(layer.weight, math.sqrt(2))
         nn.init.zeros_(layer.bias)
-    for weight, gain in zip(body[-1].weight.data.split(list(blocks)), blocks.values(), strict=True):
+    for weight, gain in zip(body[-1].weight.data.split(sizes), gains, strict=True):
         nn.init.orthogonal_(weight, gain)
     return nn.Sequential(*body)
 
@@ -342,7 +343,7 @@ def mlp_forward(layers: list[tuple], x: ndarray) -> list[ndarray]:
     """What enters each linear layer (weight, bias, ...), with tanh between them, and last the output."""
     activations = [x]
     for weight, bias, *_ in layers:
-        x = x @ weight.T
+        x = np.dot(x, weight.T)  # for a few rows half the time of @
         x += bias
         activations.append(x if weight is layers[-1][0] else np.tanh(x, out=x))
     return activations
@@ -351,10 +352,10 @@ def mlp_forward(layers: list[tuple], x: ndarray) -> list[ndarray]:
 def mlp_backward(layers: list[tuple], activations: list[ndarray], d_output: ndarray) -> None:
     """Writes the gradients of the layers (weight, bias, d_weight, d_bias), given that of the output [rows, K]."""
     for (weight, _, d_weight, d_bias), x in zip(reversed(layers), reversed(activations[:-1]), strict=True):
-        np.matmul(d_output.T, x, out=d_weight)
+        np.dot(d_output.T, x, out=d_weight)
         d_output.sum(0, out=d_bias)
         if weight is not layers[0][0]:
-            d_output = (d_output @ weight) * (1 - x * x)  # x is a tanh: its derivative, from its value
+            d_output = np.dot(d_output, weight) * (1 - x * x)  # x is a tanh: its derivative, from its value
 
 
 class Agent:
@@ -368,8 +369,8 @@ class Agent:
         self.head = Gaussian(actions) if isinstance(actions, Box) else Categorical(actions)
         self.image, self.norm_obs = is_image(space), c.norm_obs and not is_image(space)
         self.channels = 1 + int(np.argmin(space.shape)) if self.image else 0  # axis of [N, ...]
-        policy, value = {self.head.num_outputs: 0.01}, {1: 1.0}
-        groups = [policy | value] if c.shared_network or self.image else [policy, value]
+        policy, value = (self.head.num_outputs, 0.01), (1, 1.0)  # sizes of the outputs, and gains of their weights
+        groups = [[policy, value]] if c.shared_network or self.image else [[policy], [value]]
         self.networks = nn.ModuleList(build_network(space, group, c) for group in groups)
         if isinstance(actions, Box):
             self.networks.log_std = nn.Parameter(torch.zeros(self.head.num_outputs))  # the same in all states
@@ -401,7 +402,7 @@ class Agent:
         if self.image:
             return lambda obs: np.moveaxis(obs, self.channels, 1)
         if not self.norm_obs:
-            return lambda obs: obs.reshape(len(obs), -1).astype(np.float32)
+            return lambda obs: obs.reshape(len(obs), -1).astype(np.float32, copy=False)
         mean, scale = self.statistics["obs"].mean.copy(), 1 / np.sqrt(self.statistics["obs"].var + 1e-8)
         return lambda obs: np.minimum(np.maximum((obs - mean) * scale, -10), 10).reshape(len(obs), -1).astype("f4")
 
@@ -429,7 +430,8 @@ class Agent:
 
         It is skipped and counted if the gradient is not finite; three in a row raise UsageError.
         """
-        parts = np.split(d_outputs, [self.head.num_outputs], 1) if len(self.layers) == 2 else [d_outputs]
+        k = self.head.num_outputs
+        parts = [d_outputs[:, :k], d_outputs[:, k:]] if len(self.layers) == 2 else [d_outputs]
         for layers, activations, part in zip(self.layers, self.kept, parts, strict=True) if self.layers else ():
             mlp_backward(layers, activations, part)
         if not self.layers:
@@ -820,7 +822,8 @@ def main(c: Config) -> dict:
     check_config(c)
     torch.manual_seed(c.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-    torch.use_deterministic_algorithms(c.torch_deterministic)
+    # the same switch as use_deterministic_algorithms, which imports torch's compiler: over a second
+    torch.set_deterministic_debug_mode("error" if c.torch_deterministic else "default")
     with closing(make_envs(c, c.num_envs)) as envs:
         agent, stream, evaluation = Agent(envs, c), Stream(envs, c.env_id), {}
         torch.set_num_threads(os.cpu_count() if agent.image else 1)

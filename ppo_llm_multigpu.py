@@ -2011,6 +2011,7 @@ def main(config: Config) -> None:
         tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
+    save_summary(run_dir, config, "running")
     said: set[str] = set()
     for step in tqdm(range(start, total), file=sys.stdout, disable=None):  # None: a bar on a terminal only
         clock = clock_now()

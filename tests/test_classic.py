@@ -139,7 +139,8 @@ def batch_of(agent: Agent, seed: int = 0, rows: int = 64) -> tuple[np.ndarray, d
     return inputs, batch
 
 
-ACTIONS = {"discrete": Discrete(5, start=2), "multi": MultiDiscrete([3, 2, 4]), "box": Box(-1, 1, (3,))}
+ACTIONS = {"discrete": Discrete(5, start=2), "multi": MultiDiscrete([3, 2, 4]), "box": Box(-1, 1, (3,)),
+           "one number": Box(-1, 1, (1,))}
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -148,8 +149,9 @@ def test_the_written_gradient_is_that_of_autograd_through_the_same_losses(kind, 
     env_id = register("Gradient", space=Box(-1, 1, (6,)), actions=ACTIONS[kind])
     config = tiny(env_id=env_id, shared_network=shared, dual_clip=1.5, ent_coef=0.03, vf_coef=0.7, max_grad_norm=1e9)
     agent, _ = start(config)
-    if kind == "box":
-        agent.networks.log_std.data.copy_(torch.tensor([-0.5, 0.1, 0.3]))
+    is_gaussian = isinstance(agent.head, ppo_classic.Gaussian)
+    if is_gaussian:
+        agent.networks.log_std.data.copy_(torch.tensor([-0.5, 0.1, 0.3][: agent.head.num_outputs]))
     inputs, batch = batch_of(agent)
     d_outputs, d_log_std, ratio, terms = ppo_gradient(agent.head, agent.forward(inputs), batch, 0.2, 0.3, config)
     written = []
@@ -158,7 +160,7 @@ def test_the_written_gradient_is_that_of_autograd_through_the_same_losses(kind, 
 
     t = {name: torch.from_numpy(x) for name, x in batch.items()}
     outputs = torch.cat([network(torch.from_numpy(inputs)) for network in agent.networks], 1)
-    if kind == "box":
+    if is_gaussian:
         policy = torch.distributions.Normal(outputs[:, :-1], agent.networks.log_std.exp())
         logprobs, entropy = policy.log_prob(t["actions"]).sum(1), policy.entropy().sum(1)
     else:
