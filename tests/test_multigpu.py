@@ -141,6 +141,8 @@ def updates(tmp_path_factory) -> Path:
                     "updates": HARD if name == "hard" else [{}]} for name, config in ONE.items()}
     for name in ("grpo", "grpo-bf16"):
         cases[name]["rollout"] = str(folder / "grpo.pt")
+    for name in ("ppo-bf16", "grpo-bf16", "lora-bf16"):  # of 16 responses, one a pass, rank 0 has the first 8
+        cases[name]["ranks_order"] = 8
     two = [cases[name] | {"name": new, "ranks": LAYOUTS[layout]} for new, name, layout in TWO]
     two.append(cases["ppo"] | {"name": "dropped", "ranks": {}, "drop": True, "export": False})
     run_worker(two, folder, 400)
