@@ -58,8 +58,7 @@ COLUMNS = """phase who tokens_per_s seconds least most times_ours times_least ti
 @dataclass
 class Config:
     size: Literal["demo", "large", "qwen"] = "demo"  # about 1 M and 10 M parameters, and Qwen2.5-0.5B's shape
-    lengths: Literal["ragged", "full", "gsm8k"] = "ragged"  # spread over 0.2-1 of the longest (qwen: as gsm8k); all the
-    #   longest; as in the published GSM8K log
+    lengths: Literal["ragged", "full", "gsm8k"] = "ragged"  # 0.2-1 of the longest; all longest; published (also qwen)
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda
     threads: int = 0  # of the CPU, for everyone; 0: as torch chooses
     repeats: int = 5  # timed turns, after one that is not counted
