@@ -41,6 +41,7 @@ class Config:
     env_id: str = "CartPole-v1"  # of peer
     total_timesteps: int = 500_000  # of peer
     seed: int = 1  # of peer
+    eval_episodes: int = 0  # of peer: greedy episodes with frozen statistics after the training
 
 
 def peer(config: Config) -> None:
@@ -49,6 +50,7 @@ def peer(config: Config) -> None:
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
     from stable_baselines3.common.vec_env import VecNormalize
 
     import ppo_classic
@@ -76,7 +78,14 @@ def peer(config: Config) -> None:
     clock.times.append((time.perf_counter(), model.num_timesteps))
     (start, first), (end, last) = clock.times[max(1, len(clock.times) // 10)], clock.times[-1]
     returns = [episode["r"] for episode in model.ep_info_buffer]
-    print(json.dumps({"steady": (last - first) / (end - start), "last_100": statistics.fmean(returns)}))
+    result = {"steady": (last - first) / (end - start), "last_100": statistics.fmean(returns)}
+    if config.eval_episodes:
+        if c.norm_obs:
+            envs.training = False  # freezes its statistics
+        played, _ = evaluate_policy(model, envs, config.eval_episodes, deterministic=True, return_episode_rewards=True)
+        error = statistics.stdev(played) / len(played) ** 0.5
+        result |= {"score": statistics.fmean(played), "standard_error": error, "global_step": last}
+    print(json.dumps(result))
 
 
 def timed(command: list[str], folder: str) -> dict:

@@ -3,12 +3,13 @@
     python scripts/classic_seeds.py                                        # every environment, 10 seeds: hours
     python scripts/classic_seeds.py --envs CartPole-v1 Acrobot-v1 --seeds 3
     python scripts/classic_seeds.py --variant no_bootstrap --envs Pendulum-v1      # a row of the ablation table
+    python scripts/classic_seeds.py --peer --envs HalfCheetah-v5 Hopper-v5 --seeds 3       # Stable-Baselines3 instead
     python scripts/classic_seeds.py --report_only                          # only the tables, from the CSVs
 
 One row per seed goes to docs/results/classic/ENV[-VARIANT].csv as soon as the seed is done, the learning curve to
 curves/; a seed that has its row is not run again. The score is the mean return of 100 evaluation episodes with frozen
-statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it. Both tables are also put into
-docs/classic.md.
+statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it. The tables are also put into
+docs/classic.md. The peer (pip install stable-baselines3==2.9.2) gets our settings and steps, and no curve.
 """
 
 import csv
@@ -18,15 +19,20 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import ppo_classic  # noqa: E402 - it is not installed
+
 RESULTS = ROOT / "docs" / "results" / "classic"
 BARS = {"CartPole-v1": 500, "Acrobot-v1": -80, "MountainCar-v0": -115, "Pendulum-v1": -200, "LunarLander-v3": 200,
         "HalfCheetah-v5": 1800, "Hopper-v5": 2400, "Walker2d-v5": 2500, "InvertedPendulum-v5": 950, "Swimmer-v5": 110}
+PEER = "-stable-baselines3"  # ends the name of its CSVs
 VARIANTS = {  # flags that are added to the preset
     "": [],
     "no_bootstrap": ["--no_bootstrap_truncated"],
@@ -41,12 +47,28 @@ class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
     seeds: int = 10  # seeds 1 to this
     variant: str = ""  # "", or a name in VARIANTS
+    peer: bool = False  # run Stable-Baselines3's PPO with the same settings (scripts/benchmark_classic.py --what peer)
     output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV[-VARIANT]/seedN
     report_only: bool = False  # run nothing
 
 
 def read_rows(path: Path) -> list[dict]:
     return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def run_peer(env_id: str, seed: int) -> dict:
+    """Trains and evaluates Stable-Baselines3's PPO once; returns the row of the CSV."""
+    steps = ppo_classic.choose_preset(env_id)[1].total_timesteps
+    flags = ["--what=peer", f"--env_id={env_id}", f"--seed={seed}", f"--total_timesteps={steps}", "--eval_episodes=100"]
+    clock = time.perf_counter()
+    printed = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "scripts" / "benchmark_classic.py"), *flags],
+                             check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(printed.splitlines()[-1])
+    return {"seed": seed, **{name: round(result[name], 3) for name in ("score", "standard_error", "last_100")},
+            "global_step": result["global_step"], "seconds": round(time.perf_counter() - clock, 1),
+            **{name.replace("-", "_"): version(name) for name in ("torch", "gymnasium", "stable-baselines3")},
+            "machine": f"{platform.machine()}, shared",
+            "command": " ".join(["python scripts/benchmark_classic.py", *flags])}
 
 
 def run_seed(env_id: str, seed: int, name: str, config: Config) -> dict:
@@ -127,6 +149,22 @@ def ablation() -> str:
     return "\n".join(lines) + "\n"
 
 
+def peers() -> str:
+    """One line per environment that the peer has played, over the seeds that both have."""
+    lines = ["| environment | seeds | ppo_classic.py | Stable-Baselines3 | difference, seed by seed |"
+             " ppo_classic.py, last 100 | Stable-Baselines3, last 100 |", "|---|---|---|---|---|---|---|"]
+    for env_id in BARS:
+        found = [{row["seed"]: row for row in read_rows(RESULTS / f"{env_id}{x}.csv")} for x in ("", PEER)]
+        seeds = sorted(set(found[0]) & set(found[1]))
+        if seeds:
+            (x, x_last), (y, y_last) = (
+                [np.array([float(rows[seed][name]) for seed in seeds]) for name in ("score", "last_100")]
+                for rows in found)
+            cells = env_id, len(seeds), *map(mean_and_deviation, (x, y, x - y, x_last, y_last))
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def insert(path: Path, name: str, text: str) -> None:
     """Puts the text between <!-- name --> and <!-- end of name -->."""
     before, rest = path.read_text().split(f"<!-- {name} -->\n")
@@ -136,20 +174,20 @@ def insert(path: Path, name: str, text: str) -> None:
 def main(config: Config) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for env_id in () if config.report_only else config.envs:
-        name = f"{env_id.replace('/', '-')}-{config.variant}" if config.variant else env_id.replace("/", "-")
+        name = f"{env_id.replace('/', '-')}{'-' * bool(config.variant)}{config.variant}{PEER * config.peer}"
         path = RESULTS / f"{name}.csv"
         for seed in range(1, config.seeds + 1):
             rows = read_rows(path)
             if any(int(row["seed"]) == seed for row in rows):
                 continue
-            row = run_seed(env_id, seed, name, config)
+            row = run_peer(env_id, seed) if config.peer else run_seed(env_id, seed, name, config)
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, list(row), lineterminator="\n")
                 if not rows:
                     writer.writeheader()
                 writer.writerow(row)
             print(f"{name} seed {seed}: {row['score']} (last 100 training episodes {row['last_100']})", flush=True)
-    for name, text in (("table", table()), ("ablation", ablation())):
+    for name, text in (("table", table()), ("ablation", ablation()), ("peers", peers())):
         (RESULTS / f"{name}.md").write_text(text)
         insert(ROOT / "docs" / "classic.md", name, text)
         print(text)
