@@ -1831,7 +1831,22 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
+class Tracker:
+    """wandb or trackio, or "none". The first call that fails ends the tracking, and not the training."""
+
+    def __init__(self, name: str):
+        self.name, self.module = name, None if name == "none" else importlib.import_module(name)
+
+    def call(self, function: str, *args, **kwargs) -> None:
+        try:
+            if self.module:
+                getattr(self.module, function)(*args, **kwargs)
+        except Exception as error:
+            warn(f"track {self.name}: {function} failed, the run goes on without: {error}")
+            self.module = None
+
+
+def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker: Tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     if RANK:
         return
@@ -1841,8 +1856,7 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     write_whole(path, table.to_csv(index_label="step"))
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-    if tracker:
-        tracker.log(metrics, step=step)
+    tracker.call("log", metrics, step=step)
     line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
     tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
@@ -1971,7 +1985,7 @@ def prepare(config: Config) -> tuple:
     if sizes[0] < min(len(tokenizer), sizes[1]):
         raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
     try:
-        tracker = None if config.track == "none" else importlib.import_module(config.track)
+        tracker = Tracker(config.track)
         if config.lora_rank:
             importlib.import_module("peft")
     except ImportError as error:
@@ -2007,8 +2021,8 @@ def main(config: Config) -> None:
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, models, config)
         cut_back(run_dir, start)
-    if tracker and not RANK:
-        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
+    if not RANK:
+        tracker.call("init", project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     save_summary(run_dir, config, "running")
