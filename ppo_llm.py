@@ -99,6 +99,7 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
     deterministic: bool = False  # only deterministic kernels; slower on a GPU
+    dry_run: bool = False  # check settings, data and reward, print the plan, and exit before a model is loaded
     # Models
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
     critic: Literal["separate", "shared", "adapter"] = "separate"  # own model; head on the policy; own LoRA adapter
@@ -1872,11 +1873,14 @@ def main(config: Config) -> None:
     total = 0 if config.eval_only else total
     if 0 < total <= config.critic_warmup:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
-    run_dir, checkpoint_dir = open_run(config)
     first = (train or evals)[:2]
-    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
-          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
-          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+    print(f"first prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size} responses to"
+          f" {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches of"
+          f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
+    if config.dry_run:
+        return print(config)
+    run_dir, checkpoint_dir = open_run(config)
+    print(f"run: {run_dir}")
     models = build_models(tokenizer, config)
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
         with whole_weights(model):

@@ -209,6 +209,15 @@ def test_a_tracker_that_fails_does_not_end_the_training(fails, folder, tmp_path,
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_a_dry_run_prints_the_plan_and_the_settings_and_starts_nothing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ppo_llm, "build_models", None)
+    config = make_config(folder, output_dir=str(tmp_path / "run"), dry_run=True)
+    main(config)
+    printed = capsys.readouterr().out
+    assert f"3 steps of {config.rollout_size} responses" in printed and str(config) in printed
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation.
 
