@@ -151,8 +151,8 @@ def ablation() -> str:
 
 def peers() -> str:
     """One line per environment that the peer has played, over the seeds that both have."""
-    lines = ["| environment | seeds | ppo_classic.py | Stable-Baselines3 | difference, seed by seed |"
-             " ppo_classic.py, last 100 | Stable-Baselines3, last 100 |", "|---|---|---|---|---|---|---|"]
+    lines = ["| environment | seeds | ppo_classic.py | Stable-Baselines3 | ppo_classic.py, last 100 |"
+             " Stable-Baselines3, last 100 |", "|---|---|---|---|---|---|"]
     for env_id in BARS:
         found = [{row["seed"]: row for row in read_rows(RESULTS / f"{env_id}{x}.csv")} for x in ("", PEER)]
         seeds = sorted(set(found[0]) & set(found[1]))
@@ -160,7 +160,7 @@ def peers() -> str:
             (x, x_last), (y, y_last) = (
                 [np.array([float(rows[seed][name]) for seed in seeds]) for name in ("score", "last_100")]
                 for rows in found)
-            cells = env_id, len(seeds), *map(mean_and_deviation, (x, y, x - y, x_last, y_last))
+            cells = env_id, len(seeds), *map(mean_and_deviation, (x, y, x_last, y_last))
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
