@@ -99,7 +99,6 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
     deterministic: bool = False  # only deterministic kernels; slower on a GPU
-    dry_run: bool = False  # check settings, data and reward, print the plan, and exit before a model is loaded
     # Models
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
     critic: Literal["separate", "shared", "adapter"] = "separate"  # own model; head on the policy; own LoRA adapter
@@ -1711,22 +1710,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Tracker:
-    """wandb or trackio, or "none". The first call that fails ends the tracking, and not the training."""
-
-    def __init__(self, name: str):
-        self.name, self.module = name, None if name == "none" else importlib.import_module(name)
-
-    def call(self, function: str, *args, **kwargs) -> None:
-        try:
-            if self.module:
-                getattr(self.module, function)(*args, **kwargs)
-        except Exception as error:
-            warn(f"track {self.name}: {function} failed, the run goes on without: {error}")
-            self.module = None
-
-
-def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker: Tracker) -> None:
+def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     metrics, path = {name: float(x) for name, x in metrics.items()}, run_dir / "training_metrics.csv"
     table = pandas.read_csv(path, index_col="step")
@@ -1734,7 +1718,8 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     write_whole(path, table.to_csv(index_label="step"))
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-    tracker.call("log", metrics, step=step)
+    if tracker:
+        tracker.log(metrics, step=step)
     line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
     tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
@@ -1857,7 +1842,7 @@ def prepare(config: Config) -> tuple:
     if sizes[0] < min(len(tokenizer), sizes[1]):
         raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
     try:
-        tracker = Tracker(config.track)
+        tracker = None if config.track == "none" else importlib.import_module(config.track)
         if config.lora_rank:
             importlib.import_module("peft")
     except ImportError as error:
@@ -1873,14 +1858,11 @@ def main(config: Config) -> None:
     total = 0 if config.eval_only else total
     if 0 < total <= config.critic_warmup:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
-    first = (train or evals)[:2]
-    print(f"first prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size} responses to"
-          f" {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches of"
-          f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
-    if config.dry_run:
-        return print(config)
     run_dir, checkpoint_dir = open_run(config)
-    print(f"run: {run_dir}")
+    first = (train or evals)[:2]
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
+          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
+          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models = build_models(tokenizer, config)
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
         with whole_weights(model):
@@ -1891,7 +1873,8 @@ def main(config: Config) -> None:
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, models, config)
         cut_back(run_dir, start)
-    tracker.call("init", project="ppo_llm", name=run_dir.name, config=asdict(config))
+    if tracker:
+        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     save_summary(run_dir, config, "running")

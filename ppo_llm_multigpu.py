@@ -104,7 +104,6 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
     deterministic: bool = False  # only deterministic kernels; slower on a GPU
-    dry_run: bool = False  # check settings, data and reward, print the plan, and exit before a model is loaded
     # Models
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
     critic: Literal["separate", "shared", "adapter"] = "separate"  # own model; head on the policy; own LoRA adapter
@@ -1832,22 +1831,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-class Tracker:
-    """wandb or trackio, or "none". The first call that fails ends the tracking, and not the training."""
-
-    def __init__(self, name: str):
-        self.name, self.module = name, None if name == "none" else importlib.import_module(name)
-
-    def call(self, function: str, *args, **kwargs) -> None:
-        try:
-            if self.module:
-                getattr(self.module, function)(*args, **kwargs)
-        except Exception as error:
-            warn(f"track {self.name}: {function} failed, the run goes on without: {error}")
-            self.module = None
-
-
-def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker: Tracker) -> None:
+def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
     """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
     if RANK:
         return
@@ -1857,7 +1841,8 @@ def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tr
     write_whole(path, table.to_csv(index_label="step"))
     with open(run_dir / "samples.jsonl", "a") as file:
         file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-    tracker.call("log", metrics, step=step)
+    if tracker:
+        tracker.log(metrics, step=step)
     line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
     tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
 
@@ -1986,7 +1971,7 @@ def prepare(config: Config) -> tuple:
     if sizes[0] < min(len(tokenizer), sizes[1]):
         raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
     try:
-        tracker = Tracker(config.track)
+        tracker = None if config.track == "none" else importlib.import_module(config.track)
         if config.lora_rank:
             importlib.import_module("peft")
     except ImportError as error:
@@ -2005,16 +1990,13 @@ def main(config: Config) -> None:
         raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
     if 0 < len(evals) < WORLD:
         raise UsageError(f"{len(evals)} evaluation rows are fewer than {WORLD} ranks")
-    first = (train or evals)[:2]
-    print(f"first prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size} responses to"
-          f" {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches of"
-          f" {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
-    if config.dry_run:
-        return print(config)
     folders = [open_run(config) if RANK == 0 else None]
     dist.broadcast_object_list(folders)
     run_dir, checkpoint_dir = folders[0]
-    print(f"run: {run_dir}")
+    first = (train or evals)[:2]
+    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
+          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
+          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
     models, evals = build_models(tokenizer, config), evals[RANK::WORLD]
     for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
         with whole_weights(model):
@@ -2025,8 +2007,8 @@ def main(config: Config) -> None:
     if checkpoint_dir:
         start, kl_controller.coef = load_checkpoint(checkpoint_dir, models, config)
         cut_back(run_dir, start)
-    if not RANK:
-        tracker.call("init", project="ppo_llm", name=run_dir.name, config=asdict(config))
+    if tracker and not RANK:
+        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
     if evals and (config.eval_only or not checkpoint_dir):
         log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
     save_summary(run_dir, config, "running")

@@ -16,7 +16,7 @@ import torch
 from conftest import collect, make_config, make_models, make_prompts, read_log, take_steps
 
 import ppo_llm
-from ppo_llm import Config, Example, Tracker, check_health, evaluate, main
+from ppo_llm import Config, Example, check_health, evaluate, main
 
 SCRIPT = Path(ppo_llm.__file__)
 METRICS = set(re.findall(r"`(\w+/\w+)`", (SCRIPT.parent / "docs" / "metrics.md").read_text()))  # what is documented
@@ -163,8 +163,7 @@ def test_the_log_takes_a_new_metric_later_and_keeps_every_bit(tmp_path):
     (tmp_path / "samples.jsonl").touch()
     rows = [{"step": 1, "b": 0.1 + 0.2}, {"step": 2, "b": math.nan}, {"step": 3, "a": 1 / 3, "b": 1e-300, "c": 5e-324}]
     for row in rows:
-        metrics = {name: x for name, x in row.items() if name != "step"}
-        ppo_llm.log_metrics(tmp_path, row["step"], metrics, [], Tracker("none"))
+        ppo_llm.log_metrics(tmp_path, row["step"], {name: x for name, x in row.items() if name != "step"}, [], None)
     assert (tmp_path / "training_metrics.csv").read_text().splitlines()[0] == "step,a,b,c"
     assert read_log(tmp_path) == [rows[0], {"step": 2}, rows[2]]
 
@@ -190,32 +189,6 @@ def test_a_tracker_gets_every_row_of_the_log(name, folder, tmp_path, monkeypatch
     main(config)
     assert [settings["config"] for settings in started] == [dataclasses.asdict(config)]
     assert rows == [pytest.approx(row) for row in read_log(tmp_path / "run")] and len(rows) == 3
-
-
-@pytest.mark.parametrize("fails", ["init", "log"])
-def test_a_tracker_that_fails_does_not_end_the_training(fails, folder, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    def called(function):
-        calls.append(function)
-        if function == fails:
-            raise TimeoutError("no network")
-
-    fake = SimpleNamespace(init=lambda **settings: called("init"), log=lambda metrics, step: called("log"))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    main(make_config(folder, output_dir=str(tmp_path / "run"), track="wandb"))
-    assert capsys.readouterr().err.count(f"warning: track wandb: {fails} failed") == 1
-    assert calls == ["init", "log"][: 1 + (fails == "log")]  # what has failed is not asked again
-    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_a_dry_run_prints_the_plan_and_the_settings_and_starts_nothing(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ppo_llm, "build_models", None)
-    config = make_config(folder, output_dir=str(tmp_path / "run"), dry_run=True)
-    main(config)
-    printed = capsys.readouterr().out
-    assert f"3 steps of {config.rollout_size} responses" in printed and str(config) in printed
-    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
