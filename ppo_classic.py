@@ -153,9 +153,10 @@ def choose_preset(env_id: str, vectorization: str = "auto") -> tuple[str, Config
 
 def check_config(c: Config) -> None:
     """Refuses what cannot work before anything is made. Raises UsageError."""
-    positive = "num_envs num_steps num_minibatches update_epochs hidden_size max_grad_norm kl_target target_kl"
+    positive = "num_envs num_minibatches update_epochs hidden_size max_grad_norm kl_target target_kl"
     not_negative = "learning_rate clip_coef ent_coef vf_coef kl_coef eval_episodes save_every seed"
-    ranges = {positive: (1e-12, 1e12), not_negative: (0, 1e12), "gamma gae_lambda": (0, 1), "dual_clip": (1, 1e12)}
+    ranges = {positive: (1e-12, 1e12), not_negative: (0, 1e12), "gamma gae_lambda": (0, 1), "dual_clip": (1, 1e12),
+              "num_steps": (2, 1e12)}  # all rows of a single step can be resets
     for name, low, high in ((name, *limits) for names, limits in ranges.items() for name in names.split()):
         if getattr(c, name) is not None and not low <= getattr(c, name) <= high:
             raise UsageError(f"{name} = {getattr(c, name)} must lie between {low} and {high}")
@@ -298,8 +299,13 @@ class Gaussian:
     noise = "standard_normal"
 
     def __init__(self, space: Box):
-        self.space, self.num_outputs, self.log_std = space, math.prod(space.shape), None  # [K], set by the agent
+        self.space, self.num_outputs = space, math.prod(space.shape)
         self.low, self.high = space.low.ravel(), space.high.ravel()
+        self.parameter = nn.Parameter(torch.zeros(self.num_outputs))  # log_std, the same in all states
+
+    @property
+    def log_std(self) -> ndarray:
+        return self.parameter.detach().cpu().numpy()  # [K], on the CPU a view
 
     def act(self, mean: ndarray, noise: ndarray | float) -> ndarray:
         return mean + np.exp(self.log_std) * noise
@@ -373,7 +379,7 @@ class Agent:
         groups = [[policy, value]] if c.shared_network or self.image else [[policy], [value]]
         self.networks = nn.ModuleList(build_network(space, group, c) for group in groups)
         if isinstance(actions, Box):
-            self.networks.log_std = nn.Parameter(torch.zeros(self.head.num_outputs))  # the same in all states
+            self.networks.log_std = self.head.parameter
         self.device = torch.device("cuda" if c.cuda and torch.cuda.is_available() else "cpu")
         parameters = list(self.networks.to(self.device).parameters())
         self.weights, sizes = torch.cat([p.data.flatten() for p in parameters]), [p.numel() for p in parameters]
@@ -387,12 +393,6 @@ class Agent:
         if not self.image and self.device.type == "cpu":
             self.layers = [[(x.weight.data.numpy(), x.bias.data.numpy(), x.weight.grad.numpy(), x.bias.grad.numpy())
                             for x in network[::2]] for network in self.networks]
-        self.show_log_std()
-
-    def show_log_std(self) -> None:
-        """Gives the head its log_std: on the CPU a view, on a GPU a copy."""
-        if isinstance(self.head, Gaussian):
-            self.head.log_std = self.networks.log_std.detach().cpu().numpy()
 
     def observer(self) -> Callable[[ndarray], ndarray]:
         """A function from observations [N, ...] to inputs: [N, D] float32, or pixels [N, channels, ...], uint8.
@@ -445,8 +445,6 @@ class Agent:
             self.weights.grad.mul_(min(1.0, self.max_grad_norm / (norm + 1e-6)))
             self.adam(lr)
         self.weights.grad.zero_()
-        if self.device.type == "cuda":
-            self.show_log_std()
         if self.failures == 3:
             raise UsageError("the gradient was not finite three times in a row: lower learning_rate?")
         return norm
@@ -618,7 +616,8 @@ def update(agent: Agent, r: SimpleNamespace, step: int, lr: float, clip: float, 
     rng, valid = np.random.default_rng([c.seed, SHUFFLE, step]), r.valid | (not c.mask_dummy_rows)
     rows, variance, norms, epochs, first = np.flatnonzero(valid), r.returns[valid].var(), [], [], math.nan
     explained = 1 - (r.returns - r.values)[valid].var() / variance if variance > 1e-12 else math.nan
-    shape = c.num_minibatches, math.ceil(len(rows) / c.num_minibatches)
+    size = math.ceil(len(rows) / c.num_minibatches)
+    shape = math.ceil(len(rows) / size), size  # fewer than num_minibatches where some would have no rows at all
     mask = (np.arange(math.prod(shape)) < len(rows)).reshape(shape).astype("f4")  # 0 at the end of the last one
     data = {name: getattr(r, name) for name in ("actions", "logprobs", "values")} | {"inputs": r.inputs[:-1]}
     while len(epochs) < c.update_epochs:
@@ -631,7 +630,7 @@ def update(agent: Agent, r: SimpleNamespace, step: int, lr: float, clip: float, 
         shuffled["weights"] = mask / mask.sum(1, keepdims=True).clip(min=1)
         if c.norm_adv:
             shuffled["advantages"] = normalize_rows(shuffled["advantages"], mask)
-        for m in range(c.num_minibatches):
+        for m in range(len(order)):
             batch = {name: x[m] for name, x in shuffled.items()}
             outputs = agent.forward(batch["inputs"])
             d_outputs, d_log_std, ratio, logged = ppo_gradient(agent.head, outputs, batch, clip, kl_coef, c)

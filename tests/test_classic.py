@@ -35,15 +35,16 @@ def no_figures(monkeypatch):
 
 
 class Toy(gym.Env):
-    """Reward 1 per step; the episode ends after 3 steps, by a time limit or (ends="terminated") for good.
+    """Reward 1 per step; the episode ends after `limit` steps, by a time limit or (ends="terminated") for good.
 
-    sees="one": the observation is always 1. sees="time": it is the number of steps taken, so 3 in the final state.
+    sees="one": the observation is always 1. sees="time": it is the number of steps taken, so `limit` in the final state.
     """
 
-    def __init__(self, ends="truncated", sees="one", space=None, actions=None, fault=None, render_mode=None):
+    def __init__(self, ends="truncated", sees="one", space=None, actions=None, fault=None, limit=3,
+                 render_mode=None):
         self.observation_space = space or Box(-np.inf, np.inf, (1,), np.float64)
         self.action_space = actions or Discrete(2)
-        self.ends, self.sees, self.fault, self.received = ends, sees, fault, []
+        self.ends, self.sees, self.fault, self.limit, self.received = ends, sees, fault, limit, []
 
     def observe(self):
         if not isinstance(self.observation_space, Box):
@@ -58,7 +59,7 @@ class Toy(gym.Env):
     def step(self, action):
         self.t += 1
         self.received.append(action)
-        obs, reward, ended = self.observe(), 1.0, self.t == 3
+        obs, reward, ended = self.observe(), 1.0, self.t == self.limit
         if self.fault == "raises" and self.t == 2:
             raise RuntimeError("the simulator lost its mind")
         if self.fault == "observation" and self.t == 2:
@@ -230,6 +231,12 @@ def test_advantages_are_normalised_per_mini_batch_over_the_mask():
     assert (white[2, 5:] == 0).all()
 
 
+def test_the_gaussian_reads_its_deviation_from_the_weights_wherever_they_lie():
+    agent, _ = start(tiny(env_id=register("Box", actions=Box(-1, 1, (2,)))))
+    agent.head.parameter.data = torch.tensor([1.0, 2.0])  # other memory, as on a GPU
+    assert agent.head.log_std.tolist() == [1.0, 2.0] and agent.head.parameter is agent.networks.log_std
+
+
 @pytest.mark.parametrize("row", [[3.0] * 8, [1e6] * 8, [0.95] * 7 + [0.0]])
 def test_equal_rewards_give_finite_small_advantages(row):
     white = ppo_classic.normalize_rows(np.array([row], "f4"), np.ones((1, len(row)), "f4"))
@@ -381,6 +388,23 @@ def test_every_valid_row_is_used_once_per_epoch_also_when_mini_batches_are_ragge
         used = [x for returns, weights in seen[4 * epoch : 4 * epoch + 4] for x in returns[weights > 0]]
         assert np.allclose(np.sort(used), np.sort(rollout.returns[rollout.valid]).astype("f4"))
     assert all(weights.sum() == pytest.approx(1) for _, weights in seen)
+
+
+@pytest.mark.parametrize(("num_minibatches", "rows", "steps"), [(2, 1, 1), (2, 2, 2), (4, 5, 3), (8, 9, 5)])
+def test_no_optimizer_step_is_taken_without_rows(num_minibatches, rows, steps):
+    config = tiny(num_envs=1, num_steps=max(2, rows), num_minibatches=num_minibatches, update_epochs=1)
+    agent, stream = start(config)
+    rollout = collect_rollout(agent, stream, 0, config)
+    rollout.valid[:] = np.arange(config.num_steps)[:, None] < rows
+    assert update(agent, rollout, 0, 1e-3, 0.2, 0.0, config)["optim/updates"] == agent.updates == steps
+
+
+def test_the_smallest_rollout_trains_where_every_second_step_is_a_reset(here):
+    env_id = register("Short", MODES["next"], ends="terminated", limit=1)
+    ppo_classic.main(tiny(env_id=env_id, num_envs=1, num_steps=2, num_minibatches=2, total_timesteps=9, output_dir="run"))
+    log = read_log(here / "run")
+    assert [row["global_step"] for row in log] == [str(n) for n in range(1, 10)]
+    assert all(math.isfinite(float(row["policy/loss"])) for row in log)
 
 
 def test_logged_means_are_over_valid_rows():
@@ -836,7 +860,7 @@ def test_an_environment_that_raises_is_named_and_the_checkpoint_stays(here):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"total_timesteps": 31}, "total_timesteps = 31 is less than one batch of 32 rows"),
     ({"num_minibatches": 33}, "32 rows do not fill num_minibatches"),
-    ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
+    ({"num_steps": 1}, "num_steps = 1 must lie between 2"), ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
     ({"learning_rate": -1.0}, "learning_rate = -1.0 must lie"), ({"dual_clip": 0.5}, "dual_clip"),
     ({"kl_target": 0.1}, "kl_coef"), ({"target_kl": 0.0}, "target_kl = 0.0 must")])
 def test_settings_that_cannot_work_are_refused(here, changes, sentence):

@@ -20,7 +20,7 @@ MODULES = {"ppo_llm": ppo_llm, "ppo_llm_multigpu": ppo_llm_multigpu, "ppo_classi
 SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in MODULES}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 # Lines today; lower a number when its file gets shorter, never raise it.
-LEDGER = {"ppo_llm": 1923, "ppo_llm_multigpu": 2065, "ppo_classic": 862}
+LEDGER = {"ppo_llm": 1923, "ppo_llm_multigpu": 2065, "ppo_classic": 861}
 SHARED = ["UsageError", "warn", "clipped_policy_loss", "clipped_value_loss"]  # the same text in every file
 OWN = ["Config", "check_config", "evaluate", "update", "save_checkpoint", "load_checkpoint", "checkpoints", "open_run",
        "save_summary", "collect_rollout", "compute_advantages", "compute_gae", "main"]  # same name, another task
