@@ -37,7 +37,7 @@ def no_figures(monkeypatch):
 class Toy(gym.Env):
     """Reward 1 per step; the episode ends after `limit` steps, by a time limit or (ends="terminated") for good.
 
-    sees="one": the observation is always 1. sees="time": it is the number of steps taken, so `limit` in the final state.
+    sees="one": the observation is always 1. sees="time": it is the number of steps taken: `limit` in the final state.
     """
 
     def __init__(self, ends="truncated", sees="one", space=None, actions=None, fault=None, limit=3,
@@ -401,7 +401,8 @@ def test_no_optimizer_step_is_taken_without_rows(num_minibatches, rows, steps):
 
 def test_the_smallest_rollout_trains_where_every_second_step_is_a_reset(here):
     env_id = register("Short", MODES["next"], ends="terminated", limit=1)
-    ppo_classic.main(tiny(env_id=env_id, num_envs=1, num_steps=2, num_minibatches=2, total_timesteps=9, output_dir="run"))
+    sizes = {"num_envs": 1, "num_steps": 2, "num_minibatches": 2, "total_timesteps": 9}
+    ppo_classic.main(tiny(env_id=env_id, output_dir="run", **sizes))
     log = read_log(here / "run")
     assert [row["global_step"] for row in log] == [str(n) for n in range(1, 10)]
     assert all(math.isfinite(float(row["policy/loss"])) for row in log)
@@ -860,7 +861,8 @@ def test_an_environment_that_raises_is_named_and_the_checkpoint_stays(here):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"total_timesteps": 31}, "total_timesteps = 31 is less than one batch of 32 rows"),
     ({"num_minibatches": 33}, "32 rows do not fill num_minibatches"),
-    ({"num_steps": 1}, "num_steps = 1 must lie between 2"), ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
+    ({"num_steps": 1}, "num_steps = 1 must lie between 2"),
+    ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
     ({"learning_rate": -1.0}, "learning_rate = -1.0 must lie"), ({"dual_clip": 0.5}, "dual_clip"),
     ({"kl_target": 0.1}, "kl_coef"), ({"target_kl": 0.0}, "target_kl = 0.0 must")])
 def test_settings_that_cannot_work_are_refused(here, changes, sentence):
