@@ -1534,7 +1534,7 @@ def read_json(text: str) -> list:
             try:
                 rows.append(read(line))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+                raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
