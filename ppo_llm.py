@@ -1503,7 +1503,8 @@ def read_rows(source: str, split: str) -> list[dict]:
             with opener(path, "rt", encoding="utf-8-sig") as file:
                 rows = read_json(file.read())
         elif re.search(r"\.csv(\.gz)?$", path.name):  # text as it stands in the file
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            with warnings.catch_warnings(action="error"):  # pandas only warns when it cuts long rows
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
             rows = table.to_dict("records")
         elif path.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
