@@ -1550,9 +1550,11 @@ def read_messages(value) -> list[dict]:
         role = turn.get("role") or turn.get("from")
         content = turn.get("content") or turn.get("value")
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if part["type"] == "text")
-        if not isinstance(content, str) or not content.strip() or not role:
-            raise ValueError("a turn has no text or no role")
+            if any(part["type"] != "text" for part in content):
+                raise ValueError("a part of a turn is not text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip() or not role or turn.get("tool_calls"):
+            raise ValueError("a turn has no text or no role, or calls tools")
         role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's names
         messages.append({"role": role, "content": content})
     return messages
