@@ -1557,6 +1557,8 @@ def read_messages(value) -> list[dict]:
             raise ValueError("a turn has no text or no role, or calls tools")
         role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's names
         messages.append({"role": role, "content": content})
+    if all(message["role"] == "assistant" for message in messages):
+        raise ValueError("there is no turn to answer")
     return messages
 
 
@@ -1601,7 +1603,10 @@ def make_example(
     text = messages[-1]["content"]
     if config.system_prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return Example(text, answer, render(messages, tokenizer, is_prompt=True), messages)
+    prompt = render(messages, tokenizer, is_prompt=True)
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    return Example(text, answer, prompt, messages)
 
 
 def find_column(columns: list[str], wanted: str | None, usual: str, source: str) -> str | None:
