@@ -1566,7 +1566,7 @@ def read_answer(value) -> str:
     """The ground truth as text; "" where there is none. Raises ValueError."""
     if isinstance(value, dict) and "ground_truth" in value:  # verl's reward_model
         value = value["ground_truth"]
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict, bytes)):
         raise ValueError(f"the answer is a {type(value).__name__}, not text or a number")
     if isinstance(value, bool):
         return str(value).lower()
