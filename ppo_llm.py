@@ -1510,6 +1510,8 @@ def read_rows(source: str, split: str) -> list[dict]:
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
         elif path.is_dir():
             saved = datasets.load_from_disk(source)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"there is no split {split}; there are {', '.join(saved)}")
             rows = (saved[split] if isinstance(saved, dict) else saved).to_list()
         else:
             name, part, named_split = f"{source}::".split(":", 2)
