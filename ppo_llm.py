@@ -1318,7 +1318,10 @@ def fitting_sizes(num_prompts: int, config: Config) -> str:
     responses = prompts * config.rollout_n
     wanted = max(1, responses * config.ppo_mini_batch_size // config.rollout_size)
     size = max(d for d in range(1, wanted + 1) if responses % d == 0)
-    return f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    flags = f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    if config.critic_ppo_mini_batch_size:
+        flags += f" --critic_ppo_mini_batch_size {size}"
+    return flags
 
 
 def warn_of_settings(c: Config) -> None:
@@ -1661,6 +1664,8 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     print(f"data set: {config.dataset} (--dataset chooses another)")
     rows = read_rows(config.dataset, "train")
     train = make_examples(rows, tokenizer, config, config.dataset, training=True)
+    if not train:
+        raise UsageError(f"{config.dataset}: no prompt has at most {config.max_prompt_length} tokens")
     if len(train) < config.train_batch_size:
         raise UsageError(f"{config.dataset}: {len(train)} prompts, but train_batch_size is"
                          f" {config.train_batch_size}: {fitting_sizes(len(train), config)}")
