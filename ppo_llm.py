@@ -1805,11 +1805,11 @@ def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -
 def read_scores(result, count: int) -> tuple[list[float], dict[str, list[float]]]:
     """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
     scores, measured = result if isinstance(result, tuple) else (result, {})
-    columns = {"score": scores, **measured}
+    columns = {**measured, "score": scores}
     for name, column in columns.items():
         if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
             raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
-        columns[name] = [float("nan" if x is None else x) for x in column]
+        columns[name] = [math.nan if isinstance(x, (str, type(None))) else float(x) for x in column]
         for row, x in enumerate(columns[name]):
             if not abs(x) < 3e38:  # finite, in fp32 too
                 raise UsageError(f"the reward's {name} of row {row} is {column[row]!r}, not a finite number")
