@@ -2311,17 +2311,21 @@ def read_options(path: str) -> list[str]:
     """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError."""
     import yaml  # YAML contains JSON
 
-    options = yaml.safe_load(Path(path).read_text())
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: {' '.join(str(error).split())}") from error
+    if isinstance(options, dict):
+        options = options.get("config", options)
     if not isinstance(options, dict):
         raise UsageError(f"config {path}: there are no options")
-    options = options.get("config", options)
     types = {x.name: x.type for x in fields(Config)}
     arguments = []
     for name, x in options.items():
-        if types.get(name) is bool:
+        if types.get(name) is bool and isinstance(x, bool):
             arguments.append(f"--{name}" if x else f"--no_{name}")
         elif name not in ("output_dir", "resume"):
-            arguments += [f"--{name}", str(x)]
+            arguments.append(f"--{name}={x}")
     return arguments
 
 
