@@ -1252,7 +1252,7 @@ def main(config: Config) -> None:
 
 
 def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -1489,7 +1489,8 @@ def find_stop_ids(lm: nn.Module, tokenizer) -> set[int]:
         ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             stop_ids.add(ids[0])
-    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
+    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
+    print(f"stop tokens: {printable(tokens)}")
     return stop_ids
 
 
@@ -2390,7 +2391,7 @@ def start() -> int:
                   " --gradient_checkpointing, or train adapters with --lora_rank (docs/memory.md)")
     except (OSError, SafetensorError) as error:
         reason = str(error)  # a full disk, a folder that cannot be written
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {printable(reason)}", file=sys.stderr)
     return 2
 
 
