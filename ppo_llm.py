@@ -1252,7 +1252,7 @@ def main(config: Config) -> None:
 
 
 def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -1318,7 +1318,10 @@ def fitting_sizes(num_prompts: int, config: Config) -> str:
     responses = prompts * config.rollout_n
     wanted = max(1, responses * config.ppo_mini_batch_size // config.rollout_size)
     size = max(d for d in range(1, wanted + 1) if responses % d == 0)
-    return f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    flags = f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    if config.critic_ppo_mini_batch_size:
+        flags += f" --critic_ppo_mini_batch_size {size}"
+    return flags
 
 
 def warn_of_settings(c: Config) -> None:
@@ -1486,7 +1489,8 @@ def find_stop_ids(lm: nn.Module, tokenizer) -> set[int]:
         ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             stop_ids.add(ids[0])
-    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
+    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
+    print(f"stop tokens: {printable(tokens)}")
     return stop_ids
 
 
@@ -1503,12 +1507,15 @@ def read_rows(source: str, split: str) -> list[dict]:
             with opener(path, "rt", encoding="utf-8-sig") as file:
                 rows = read_json(file.read())
         elif re.search(r"\.csv(\.gz)?$", path.name):  # text as it stands in the file
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            with warnings.catch_warnings(action="error"):  # pandas only warns when it cuts long rows
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
             rows = table.to_dict("records")
         elif path.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
         elif path.is_dir():
             saved = datasets.load_from_disk(source)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"there is no split {split}; there are {', '.join(saved)}")
             rows = (saved[split] if isinstance(saved, dict) else saved).to_list()
         else:
             name, part, named_split = f"{source}::".split(":", 2)
@@ -1534,7 +1541,7 @@ def read_json(text: str) -> list:
             try:
                 rows.append(read(line))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+                raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
@@ -1549,11 +1556,15 @@ def read_messages(value) -> list[dict]:
         role = turn.get("role") or turn.get("from")
         content = turn.get("content") or turn.get("value")
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if part["type"] == "text")
-        if not isinstance(content, str) or not content.strip() or not role:
-            raise ValueError("a turn has no text or no role")
+            if any(part["type"] != "text" for part in content):
+                raise ValueError("a part of a turn is not text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip() or not role or turn.get("tool_calls"):
+            raise ValueError("a turn has no text or no role, or calls tools")
         role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's names
         messages.append({"role": role, "content": content})
+    if all(message["role"] == "assistant" for message in messages):
+        raise ValueError("there is no turn to answer")
     return messages
 
 
@@ -1561,7 +1572,7 @@ def read_answer(value) -> str:
     """The ground truth as text; "" where there is none. Raises ValueError."""
     if isinstance(value, dict) and "ground_truth" in value:  # verl's reward_model
         value = value["ground_truth"]
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict, bytes)):
         raise ValueError(f"the answer is a {type(value).__name__}, not text or a number")
     if isinstance(value, bool):
         return str(value).lower()
@@ -1598,7 +1609,10 @@ def make_example(
     text = messages[-1]["content"]
     if config.system_prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return Example(text, answer, render(messages, tokenizer, is_prompt=True), messages)
+    prompt = render(messages, tokenizer, is_prompt=True)
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    return Example(text, answer, prompt, messages)
 
 
 def find_column(columns: list[str], wanted: str | None, usual: str, source: str) -> str | None:
@@ -1651,6 +1665,8 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     print(f"data set: {config.dataset} (--dataset chooses another)")
     rows = read_rows(config.dataset, "train")
     train = make_examples(rows, tokenizer, config, config.dataset, training=True)
+    if not train:
+        raise UsageError(f"{config.dataset}: no prompt has at most {config.max_prompt_length} tokens")
     if len(train) < config.train_batch_size:
         raise UsageError(f"{config.dataset}: {len(train)} prompts, but train_batch_size is"
                          f" {config.train_batch_size}: {fitting_sizes(len(train), config)}")
@@ -1790,11 +1806,11 @@ def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -
 def read_scores(result, count: int) -> tuple[list[float], dict[str, list[float]]]:
     """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
     scores, measured = result if isinstance(result, tuple) else (result, {})
-    columns = {"score": scores, **measured}
+    columns = {**measured, "score": scores}
     for name, column in columns.items():
         if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
             raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
-        columns[name] = [float("nan" if x is None else x) for x in column]
+        columns[name] = [math.nan if isinstance(x, (str, type(None))) else float(x) for x in column]
         for row, x in enumerate(columns[name]):
             if not abs(x) < 3e38:  # finite, in fp32 too
                 raise UsageError(f"the reward's {name} of row {row} is {column[row]!r}, not a finite number")
@@ -2296,17 +2312,21 @@ def read_options(path: str) -> list[str]:
     """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError."""
     import yaml  # YAML contains JSON
 
-    options = yaml.safe_load(Path(path).read_text())
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: {' '.join(str(error).split())}") from error
+    if isinstance(options, dict):
+        options = options.get("config", options)
     if not isinstance(options, dict):
         raise UsageError(f"config {path}: there are no options")
-    options = options.get("config", options)
     types = {x.name: x.type for x in fields(Config)}
     arguments = []
     for name, x in options.items():
-        if types.get(name) is bool:
+        if types.get(name) is bool and isinstance(x, bool):
             arguments.append(f"--{name}" if x else f"--no_{name}")
         elif name not in ("output_dir", "resume"):
-            arguments += [f"--{name}", str(x)]
+            arguments.append(f"--{name}={x}")
     return arguments
 
 
@@ -2371,7 +2391,7 @@ def start() -> int:
                   " --gradient_checkpointing, or train adapters with --lora_rank (docs/memory.md)")
     except (OSError, SafetensorError) as error:
         reason = str(error)  # a full disk, a folder that cannot be written
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {printable(reason)}", file=sys.stderr)
     return 2
 
 
