@@ -1437,7 +1437,7 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
     try:
