@@ -1471,8 +1471,8 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
 def start_ranks(config: Config) -> None:
     """Joins the processes that the launcher has started; without a launcher there is one."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update({**alone, **os.environ, "DS_ACCELERATOR": "cuda" if gpu else "cpu"})
+    solo = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update({**solo, **os.environ, "DS_ACCELERATOR": "cuda" if gpu else "cpu"})
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
     all_reduce.patience = config.dist_timeout
@@ -1529,9 +1529,10 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
         zero["offload_param"] = on_cpu
     zero = {**zero, **given.get("zero_optimization", {}), "stage": config.zero_stage}
     return {"communication_data_type": "fp32", "zero_force_ds_cpu_optimizer": False, **given,
-            "gradient_clipping": config.grad_clip, "zero_optimization": zero, "train_micro_batch_size_per_gpu": 1,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
+            "zero_optimization": zero, "bf16": {"enabled": dtype == torch.bfloat16},
             "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last
-            "bf16": {"enabled": dtype == torch.bfloat16}, "data_types": {"grad_accum_dtype": "fp32"}}
+            "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 # ---- Loading models --------------------------------------------------------------------------------------
