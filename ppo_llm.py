@@ -1233,9 +1233,10 @@ def main(config: Config) -> None:
             kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
             samples = describe_samples(rollout, "train", 2, models)
             run.log_step(step + 1, metrics, samples, clock_now() - clock)
-            if run.is_save_due(step + 1):
+            stopping = run.is_stopping()
+            if stopping or run.is_save_due(step + 1):
                 save_checkpoint(run, step + 1, models, kl_controller.coef)
-            if run.is_stopping():
+            if stopping:
                 run.stop(step + 1)
         if evals and run.is_evaluation_due(total):
             run.log_evaluation(total, *evaluate(models, reward, evals, kl_controller.coef, config))
@@ -1440,7 +1441,7 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
     try:

@@ -209,7 +209,7 @@ class Config:
     save_total_limit: int = 2  # Newest checkpoints that are kept.
     track: Literal["none", "wandb"] = "none"  # Also send the metrics there.
     # Ranks
-    zero_stage: Literal[0, 2, 3] = 2  # ZeRO: 2 splits optimizer and gradients over the ranks, 3 the weights too.
+    zero_stage: Literal[0, 2, 3] = 2  # ZeRO: 2 splits optimizer and gradients over the ranks, 3 weights too.
     offload: Literal["none", "optimizer", "all"] = "none"  # What ZeRO keeps on the CPU.
     ds_config: str | None = None  # JSON file with entries that replace those of the DeepSpeed configuration.
     dist_timeout: int = 1800  # Seconds that a rank waits for the others before it ends the run.
@@ -608,7 +608,6 @@ class Learner:
             self.optimizer.finalize_gradient_accumulation_boundary()
             zero = self.optimizer
             norms = zero._get_norm_groups() if self.stage == 3 else [zero.scaled_global_norm()]
-            norms = [float(x) for x in norms]
             return math.nan if min(norms) < 0 else math.hypot(*norms)  # -1 stands for what is not finite
         self.engine.buffered_allreduce_fallback()
         return nn.utils.clip_grad_norm_(self.masters, self.grad_clip).item()
@@ -643,14 +642,13 @@ class Learner:
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
-        if not self.stage:
-            return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
-        weight = self.weights[i]  # put together from all ranks
-        get = weight.get_full_hp_param
-        if self.stage == 3:
-            get = functools.partial(self.optimizer.get_full_hp_param, weight)
-        state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
-        return {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
+        if self.stage:  # put together from all ranks
+            get = self.weights[i].get_full_hp_param
+            if self.stage == 3:
+                get = functools.partial(self.optimizer.get_full_hp_param, self.weights[i])
+            state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
+            return {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
+        return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
         if self.stage:
@@ -662,8 +660,8 @@ class Learner:
 
     def set_part(self, weight: Tensor, state: dict[str, Tensor]) -> None:
         """This rank's part of what get_state has put together."""
-        for x in self.parts:
-            self.optimizer.state[x]["step"].copy_(state.get("step", torch.tensor(0.0)))
+        for x in self.parts if "step" in state else []:  # a weight that nothing uses has none
+            self.optimizer.state[x]["step"].copy_(state["step"])
         for key in {"weight", "exp_avg", "exp_avg_sq"} & set(state):
             x = state[key]
             name = None if key == "weight" else key
@@ -749,8 +747,7 @@ def build_models(tokenizer, config: Config) -> Models:
         reference = LanguageModel(frozen, num_tokens, False, config)  # without an adapter
     if reference and config.zero_stage == 3:
         import deepspeed
-        ds_config = deepspeed_config(config, lm.dtype)
-        deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=ds_config)
+        deepspeed.zero.Init(reference, dtype=lm.dtype, config_dict_or_path=deepspeed_config(config, lm.dtype))
     critic = None
     if has_own_critic:
         if shares_trunk:
@@ -1276,9 +1273,9 @@ def main(config: Config) -> None:
     start_ranks(config)
     tokenizer = one_rank_first(load_tokenizer, config)
     examples, evals = one_rank_first(load_examples, tokenizer, config)
-    reward = one_rank_first(load_reward, config)
     if 0 < len(evals) < WORLD:
         raise UsageError(f"{len(evals)} evaluation rows are fewer than {WORLD} ranks")
+    reward = load_reward(config)
     total = config.total_steps
     if total is None:
         total = config.total_epochs * (len(examples) // config.train_batch_size)
@@ -1308,9 +1305,10 @@ def main(config: Config) -> None:
             kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
             samples = describe_samples(rollout, "train", 2, models)
             run.log_step(step + 1, metrics, samples, clock_now() - clock)
-            if run.is_save_due(step + 1):
+            stopping = run.is_stopping()
+            if stopping or run.is_save_due(step + 1):
                 save_checkpoint(run, step + 1, models, kl_controller.coef)
-            if run.is_stopping():
+            if stopping:
                 run.stop(step + 1)
         if evals and run.is_evaluation_due(total):
             run.log_evaluation(total, *evaluate(models, reward, evals, kl_controller.coef, config))
@@ -1467,15 +1465,14 @@ def check_health(metrics: dict, step: int, said: set[str]) -> None:
             warn(f"step {step + 1}: {sentence}")
 
 
-# ---- Ranks: processes with the same text and weights, each with prompts and responses of its own ----------
+# ---- Ranks: processes with the same text and weights, and prompts and responses of their own -------------
 
 
 def start_ranks(config: Config) -> None:
     """Joins the processes that the launcher has started; without a launcher there is one."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-             "DS_ACCELERATOR": "cuda" if gpu else "cpu"}
-    os.environ.update({**alone, **os.environ})
+    solo = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update({**solo, **os.environ, "DS_ACCELERATOR": "cuda" if gpu else "cpu"})
     import deepspeed
     deepspeed.utils.logger.setLevel("WARNING")
     all_reduce.patience = config.dist_timeout
@@ -1532,9 +1529,10 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
         zero["offload_param"] = on_cpu
     zero = {**zero, **given.get("zero_optimization", {}), "stage": config.zero_stage}
     return {"communication_data_type": "fp32", "zero_force_ds_cpu_optimizer": False, **given,
-            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip, "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": config.grad_clip,
+            "zero_optimization": zero, "bf16": {"enabled": dtype == torch.bfloat16},
             "managed_gradient_accumulation": False,  # many backward, one step: else ZeRO-2 keeps the last
-            "bf16": {"enabled": dtype == torch.bfloat16}, "data_types": {"grad_accum_dtype": "fp32"}}
+            "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 # ---- Loading models --------------------------------------------------------------------------------------
@@ -1590,8 +1588,8 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    if device.startswith("cuda"):
-        torch.cuda.set_device(LOCAL_RANK)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
     try:
         lm = one_rank_first(auto_class.from_pretrained, name, **options).to(device).eval()
