@@ -173,6 +173,14 @@ def test_the_process_is_kept_from_batch_to_batch(isolated):
     assert pids == same_pids != {"pid": [os.getpid()]}
 
 
+def test_the_deadline_of_an_answered_batch_does_not_touch_the_process_later(isolated, capfd):
+    reward = isolated("count_calls", seconds=0.3)
+    assert call(reward, "a")[0] == [1]
+    time.sleep(1.5)
+    assert call(reward, "a")[0] == [2]
+    assert capfd.readouterr().err == ""
+
+
 def test_numbers_of_numpy_become_plain_numbers(isolated):
     assert call(isolated("arrays"), "a", "b") == ([0.0, 1.0], {"words": [1, 2], "flag": [True, False]})
 
