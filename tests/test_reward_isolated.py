@@ -102,12 +102,12 @@ def large(prompts, responses, answers):
 """
 
 
-def load(reward: str, monkeypatch, seconds: float = 20.0, passed_on: str = ""):
+def load(reward: str, monkeypatch, seconds: float = 20.0, passed_on: str = "", file: Path = FILE):
     """The hook as ppo_llm.py imports it."""
     monkeypatch.setenv("REWARD", reward)
     monkeypatch.setenv("REWARD_SECONDS", str(seconds))
     monkeypatch.setenv("REWARD_ENV", passed_on)
-    spec = importlib.util.spec_from_file_location("hook", FILE)
+    spec = importlib.util.spec_from_file_location("hook", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.reward
@@ -217,6 +217,14 @@ def test_a_file_may_use_its_neighbours_and_what_the_training_process_can_import(
         "def f(prompts, responses, answers):\n    return [Score(neighbour.SCORE).x, installed.SCORE]\n")
     reward = load(f"{tmp_path}/mine.py:f", monkeypatch)
     assert call(reward, "a", "b") == ([3.0, 4.0], {})
+    reward.end()
+
+
+def test_a_copy_beside_files_with_the_names_of_modules_works_too(file, tmp_path, monkeypatch):
+    (tmp_path / "isolated.py").write_text(FILE.read_text())
+    (tmp_path / "json.py").write_text("raise RuntimeError('this is not the json of the standard library')")
+    reward = load(f"{file}:length", monkeypatch, file=tmp_path / "isolated.py")
+    assert call(reward, "a") == ([1], {})
     reward.end()
 
 
