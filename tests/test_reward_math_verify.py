@@ -13,18 +13,19 @@ EQUAL = [  # response, answer
     ("She has 1100 apples.", "1,100"), ("It is 1,100.", "1100"), ("\\boxed{1{,}100}", "1100"),
     ("#### $1,100", "1,100"), ("#### 18", "18 + 0 = 18\n#### 18"), ("\\boxed{4}", "so it is $\\boxed{4}$"),
     ("4", "\\sqrt{16}"), ("-7", "-7.0"), ("5%", "0.05"), ("$\\boxed{(1, 2)}$", "(1,2)"),
-    ("first 7, then 3", "3"),
+    ("first 7, then 3", "3"), ("7", "$4$ of $7$"), ("0.5", "\\[\\frac{1}{2}\\]"),
+    ("20", "18 and 2 more\n#### 20"), ("$(1, 2)$", "1 < x < 2"),
 ]
 UNEQUAL = [
     ("\\boxed{\\frac{1}{3}}", "1/2"), ("11", "1,100"), ("x = 4", "x=3"), ("\\boxed{19}", "#### 18"),
     ("7", "-7"), ("first 3, then 7", "3"), ("no idea", "3"), ("", "3"), ("\\boxed{}", "3"),
-    ("\\boxed{(2, 1)}", "(1, 2)"),
+    ("\\boxed{(2, 1)}", "(1, 2)"), ("$1 < x < 2$", "(1, 2)"),
 ]
 
 
-def load():
+def load(file: Path = FILE):
     """The hook as ppo_llm.py imports it: its file has the name of the package that it needs."""
-    spec = importlib.util.spec_from_file_location("hook", FILE)
+    spec = importlib.util.spec_from_file_location("hook", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.reward
@@ -61,3 +62,11 @@ def test_without_the_package_the_import_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
     with pytest.raises(RuntimeError, match="needs a package: pip install math-verify"):
         load()
+
+
+def test_it_works_in_a_process_of_its_own_too(reward, monkeypatch):
+    monkeypatch.setenv("REWARD", f"{FILE}:reward")
+    monkeypatch.setenv("REWARD_ENV", "")
+    isolated = load(FILE.with_name("isolated.py"))
+    assert isolated(["", ""], ["3", "4"], ["x=3", "x=3"]) == ([1.0, 0.0], {"unreadable_answer": [0.0, 0.0]})
+    isolated.end()

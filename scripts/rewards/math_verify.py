@@ -4,9 +4,9 @@ r"""Mathematical equality by math-verify: 1/2 equals \frac{1}{2} and 0.5, x=3 eq
     python ppo_llm.py --dataset train.jsonl --eval_dataset test.jsonl \
         --reward scripts/rewards/math_verify.py:reward
 
-1.0 where the expression in \boxed{}, or else the last one of the response, equals the answer; 0.0 otherwise.
-An answer may be LaTeX or plain, alone, in dollars, in \boxed{} or behind GSM8K's ####. The metric
-`unreadable_answer` is the share of answers in which math-verify finds nothing: they score 0.
+1.0 where the expression in \boxed{}, or else the last one of the response, equals that of the answer; 0.0
+otherwise. An answer may be a plain expression or LaTeX, alone or as the last one of a text, GSM8K's too. The
+metric `unreadable_answer` is the share of answers in which math-verify finds nothing: they score 0.
 """
 
 try:
@@ -20,10 +20,9 @@ except ImportError as error:
 
 
 def read_answer(answer: str) -> list:
-    answer = answer.rpartition("####")[2].strip()
-    if "$" in answer or "\\boxed" in answer:
-        return parse(answer)
-    return parse(f"${answer}$")  # without dollars it would not be read as LaTeX
+    if "$" not in answer and "\\[" not in answer:
+        answer = f"${answer}$"  # without dollars it would not be read as LaTeX
+    return parse(answer)
 
 
 def reward(prompts: list[str], responses: list[str], answers: list[str]) -> tuple[list[float], dict]:
