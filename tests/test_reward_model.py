@@ -246,7 +246,7 @@ def test_shortened_and_equal_pairs_are_counted(capsys):
     said = capsys.readouterr().err
     assert "SOURCE: dropped 1 of 4 rows" in said
     assert "SOURCE: 1 of 4 pairs have more than 10 tokens" in said
-    assert [len(pair.chosen) for pair in pairs] == [5, 10, 4]  # the template ends with one more token
+    assert [len(pair.chosen) for pair in pairs] == [4, 10, 3]
     assert pairs[1].chosen[-2:] != pairs[1].rejected[-2:]
 
 

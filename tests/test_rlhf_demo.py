@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -27,18 +28,32 @@ def run_script(folder: Path, bin_folder: Path) -> tuple[subprocess.CompletedProc
     return done, called.read_text().splitlines()
 
 
+def run_here(command: str) -> None:
+    """A command in this process, so that torch is imported once for all."""
+    arguments = shlex.split(command)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        monkeypatch.setattr("sys.argv", arguments)
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, command
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def result(tmp_path_factory) -> Path:
-    """The folder of the whole demo. Its five commands ran in this process, so that torch is imported once."""
+    """The folder of the whole demo."""
     folder = tmp_path_factory.mktemp("rlhf") / "run"
     done, commands = run_script(folder, folder.parent / "bin")
     assert done.returncode == 0, done.stderr
     assert len(commands) == 5
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(ROOT)
-        for command in commands:
-            monkeypatch.setattr("sys.argv", shlex.split(command))
-            runpy.run_path(shlex.split(command)[0], run_name="__main__")
+    for command in commands:
+        run_here(command)
     return folder
 
 
