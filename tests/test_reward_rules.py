@@ -1,11 +1,17 @@
-"""scripts/rewards/format.py and permuted.py."""
+"""scripts/rewards/format.py and permuted.py, and scripts/gsm8k_prompts.py."""
 
 import importlib.util
+import json
+import runpy
 from pathlib import Path
 
 import pytest
+import transformers
 
-FOLDER = Path(__file__).resolve().parents[1] / "scripts" / "rewards"
+import ppo_llm
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "scripts" / "rewards"
 LAID_OUT = [
     "2 + 2 = 4\n4 * 3 = 12\n#### 12", "She has 2*3=6.\nSo 6-1=$5 are left.\n#### 5",
     "a = 1\nb = -2.5\n#### -2.5",
@@ -40,3 +46,20 @@ def test_the_permuted_reward_deals_out_the_strict_scores_of_gsm8k_in_another_ord
     assert sorted(scores) == [0.0] * 40 + [1.0] * 10
     assert scores != [1.0] * 10 + [0.0] * 40  # as they were earned
     assert reward([""] * 50, responses, answers) == scores  # the same batch is always dealt the same way
+
+
+def test_questions_that_carry_the_instruction_are_the_prompts_of_reward_gsm8k(tmp_path):
+    questions = [{"question": "How many\u2028?", "answer": "1 + 1 = 2\n#### 1,002"},
+                 {"question": "What?", "answer": "#### 3"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in questions)
+    (tmp_path / "train.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(lines, encoding="utf-8")
+    script = runpy.run_path(str(ROOT / "scripts" / "gsm8k_prompts.py"))
+    script["main"](tmp_path, tmp_path / "new")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ppo_llm.DEMO.model)
+    for name in ("train.jsonl", "test.jsonl"):
+        rows = ppo_llm.read_rows(str(tmp_path / "new" / name), "train")
+        theirs = ppo_llm.make_examples(rows, tokenizer, ppo_llm.Config(reward="f.py:f"), "SOURCE", True)
+        ours = ppo_llm.make_examples(questions, tokenizer, ppo_llm.Config(reward="gsm8k"), "SOURCE", True)
+        assert [example.prompt for example in theirs] == [example.prompt for example in ours]
+        assert [example.answer for example in theirs] == [row["answer"] for row in questions]

@@ -1,6 +1,8 @@
 """Control reward: the strict GSM8K scores of a batch, dealt out to its responses at random.
 
-    python ppo_llm.py --reward scripts/rewards/permuted.py:reward
+    python scripts/gsm8k_prompts.py --source assets/demo --target output/prompts
+    python ppo_llm.py --dataset output/prompts/train.jsonl --eval_dataset output/prompts/test.jsonl \
+        --reward scripts/rewards/permuted.py:reward
 
 The mean, and with it the evaluation, is that of the real score. What a response gets has nothing to do with
 it. A policy that improves under this reward improves for another reason than the reward.
