@@ -4,8 +4,9 @@
     python scripts/inspect_run.py RUN --max_tokens 200000 # a larger page with more steps
     python scripts/inspect_run.py RUN --screenshot docs/inspector.png --view "row=1&color=advantage"
 
-The page needs no server and no network: style, script and data are inside it, and its content security policy forbids
-everything else. Text of the model is never interpreted as HTML. RUN is the folder of ppo_llm.py or ppo_llm_multigpu.py.
+The page needs no server and no network: style, script and data are inside it, and its content security policy
+forbids everything else. Text of the model is never interpreted as HTML. RUN is a folder that ppo_llm.py or
+ppo_llm_multigpu.py has written.
 """
 
 import base64
@@ -38,17 +39,17 @@ class UsageError(Exception):
 @dataclass
 class Config:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run, with samples.jsonl
-    max_tokens: int = 40_000  # response tokens on the page (about 80 bytes each); steps are thinned out evenly above it
-    screenshot: Path | None = None  # also draw the page into this PNG file; needs playwright and Debian's chromium
-    view: str = ""  # what the screenshot shows, as the page's address has it: row=0&step=30&color=value&theme=dark&token=5
+    max_tokens: int = 40_000  # tokens on the page, about 80 bytes each; beyond it steps are left out evenly
+    screenshot: Path | None = None  # also draw the page into this PNG; needs playwright and Debian's chromium
+    view: str = ""  # what the screenshot shows, as in the page's address: row=0&step=30&color=value&token=5
 
 
-# ---- Tokens as text ---------------------------------------------------------------------------------------------------
+# ---- Tokens as text ----------------------------------------------------------------------------------------
 
 
 def byte_alphabet() -> dict[str, int]:
     """The character that byte-level BPE writes for each of the 256 bytes, and the byte (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(byte): byte for byte in printable}
     for byte in range(256):
         if byte not in printable:
@@ -60,7 +61,7 @@ ALPHABET = byte_alphabet()
 
 
 def is_sentencepiece(tokens: list[str]) -> bool:
-    """Whether raw tokens of a run come from a sentencepiece vocabulary; else they are taken for byte-level BPE."""
+    """Whether raw tokens come from a sentencepiece vocabulary; else they are taken for byte-level BPE."""
     return any(token.startswith(WORD_START) or HEX_BYTE.fullmatch(token) for token in tokens)
 
 
@@ -81,8 +82,8 @@ def token_bytes(token: str, sentencepiece: bool) -> bytes | None:
 def decode_tokens(tokens: list[str], sentencepiece: bool) -> list[str]:
     """Readable text of each raw token of a response.
 
-    A character whose bytes are spread over several tokens is shown at the last of them; the others show their bytes,
-    such as ⟨E4 BD⟩. Bytes that are no UTF-8 become U+FFFD.
+    A character whose bytes are spread over several tokens is shown at the last of them; the others show their
+    bytes, such as ⟨E4 BD⟩. Bytes that are no UTF-8 become U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = []
@@ -99,7 +100,7 @@ def decode_tokens(tokens: list[str], sentencepiece: bool) -> list[str]:
     return texts
 
 
-# ---- Reading a run ----------------------------------------------------------------------------------------------------
+# ---- Reading a run -----------------------------------------------------------------------------------------
 
 
 def read_samples(run_dir: Path) -> list[dict]:
@@ -125,7 +126,7 @@ def read_samples(run_dir: Path) -> list[dict]:
 
 
 def read_metrics(run_dir: Path) -> dict[str, list]:
-    """Metric -> [[step, number], ...] of those that the page draws; empty lists where nothing was measured."""
+    """Metric -> [[step, number], ...] for the page's charts; an empty list where nothing was measured."""
     curves = {name: [] for name in METRICS}
     path = run_dir / "training_metrics.csv"
     if not path.exists():
@@ -139,7 +140,7 @@ def read_metrics(run_dir: Path) -> dict[str, list]:
 
 
 def describe_run(run_dir: Path) -> dict:
-    """What the head of the page says: the folder's name, the status, and a few options. No folder's path is shown."""
+    """What the head of the page says: the folder's name, the status, a few options; no path in full."""
     path = run_dir / "summary.json"
     summary = {}
     if path.exists():
@@ -165,7 +166,7 @@ def tidy(x: float | bool | None) -> float | int | None:
 
 
 def describe_sample(sample: dict, sentencepiece: bool) -> dict:
-    """A line of samples.jsonl as the page has it: readable tokens, and for each a number per measured column."""
+    """A line of samples.jsonl as the page has it: readable tokens, and the columns that were measured."""
     short = {name: sample.get(name) for name in ("step", "split", "prompt", "stop_reason")}
     short["score"] = tidy(sample.get("score"))
     short["text"] = decode_tokens(sample["token"], sentencepiece)
@@ -177,7 +178,7 @@ def describe_sample(sample: dict, sentencepiece: bool) -> dict:
 
 
 def thin_out(samples: list[dict], max_tokens: int) -> list[dict]:
-    """Every step, or every 2nd, 4th, ... until at most max_tokens remain. The first and the last step always stay."""
+    """Every step, or every 2nd, 4th, ... until max_tokens suffice. The first and the last always stay."""
     steps = sorted({sample["step"] for sample in samples})
     stride = 1
     while True:
@@ -196,11 +197,11 @@ def choose_samples(samples: list[dict], max_tokens: int) -> list[dict]:
     return evaluations + rollouts
 
 
-# ---- The page ---------------------------------------------------------------------------------------------------------
+# ---- The page ----------------------------------------------------------------------------------------------
 
 
 def fill_template(template: str, data: dict) -> str:
-    """The page. Data cannot leave its script element, as there is no "<" in it; only the page's own script may run."""
+    """The page. The data holds no "<", so it cannot end its element; no script but the page's own may run."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     script = re.search(r"<script>(.*?)</script>", template, re.DOTALL)[1]
