@@ -240,25 +240,26 @@ def test_the_function_sees_the_variables_that_are_named_and_no_other(isolated, m
     assert seen == {name: os.environ[name] for name in expected}
 
 
-def test_values_of_named_variables_are_not_shown_in_errors(isolated, monkeypatch):
+def test_values_of_named_variables_are_not_shown_in_errors(isolated, monkeypatch, capfd):
     monkeypatch.setenv("API_KEY", "sk-0123456789")
     with pytest.raises(RuntimeError) as error:
         call(isolated("environment", passed_on="API_KEY"), "a")
-    assert "sk-0123456789" not in str(error.value)
+    assert "sk-0123456789" not in str(error.value) + capfd.readouterr().err
     assert '"API_KEY": "<API_KEY>"' in str(error.value)
 
 
 # ---- What goes wrong ---------------------------------------------------------------------------------------
 
 
-def test_an_exception_is_shown_with_its_traceback_and_the_process_goes_on(isolated):
+def test_an_exception_is_shown_with_its_traceback_and_the_process_goes_on(isolated, capfd):
     reward = isolated("fail")
     assert call(reward, "abcd") == ([0.25], {})
     process = reward.process
-    with pytest.raises(RuntimeError, match=r"my_reward\.py:fail failed:\nTraceback") as error:
+    with pytest.raises(RuntimeError, match=r"\.py:fail failed: ZeroDivisionError: division by zero$"):
         call(reward, "")
-    assert "return [1 / len(responses[0])]" in str(error.value)
-    assert "ZeroDivisionError: division by zero" in str(error.value)
+    shown = capfd.readouterr().err
+    assert shown.startswith("Traceback")
+    assert re.search(r'my_reward\.py", line \d+, in fail\n    return \[1 / len\(responses\[0\]\)\]\n', shown)
     assert call(reward, "ab") == ([0.5], {})
     assert reward.process is process
 
@@ -271,11 +272,12 @@ def test_other_failures_of_the_function_are_shown_too(isolated, name, said):
         call(isolated(name), "a")
 
 
-def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_imported_is_shown_with_its_traceback(tmp_path, monkeypatch, capfd):
     (tmp_path / "mine.py").write_text("import no_such_thing")
     reward = load(f"{tmp_path}/mine.py:f", monkeypatch)
-    with pytest.raises(RuntimeError, match=r"mine\.py\", line 1(.|\n)*No module named 'no_such_thing'"):
+    with pytest.raises(RuntimeError, match="No module named 'no_such_thing'"):
         call(reward, "a")
+    assert 'mine.py", line 1' in capfd.readouterr().err
     reward.end()
 
 

@@ -81,7 +81,9 @@ class IsolatedReward:
             raise RuntimeError(f"reward {self.reward}: {what}")
         answer = json.loads(line)
         if "failure" in answer:
-            raise RuntimeError(f"reward {self.reward} failed:\n{self.without_secrets(answer['failure'])}")
+            its_traceback = self.without_secrets(answer["failure"]).strip()
+            print(its_traceback, file=sys.stderr)
+            raise RuntimeError(f"reward {self.reward} failed: {its_traceback.splitlines()[-1]}")
         return answer["scores"], answer["metrics"]
 
     def without_secrets(self, text: str) -> str:
