@@ -502,8 +502,7 @@ class LanguageModel(nn.Module):
 
     def select_adapter(self) -> None:
         """The trunk computes with this model's adapter, the only one that gets a gradient, or with none."""
-        selected = getattr(self.lm, "selected_adapter", None)
-        if selected == self.adapter:
+        if getattr(self.lm, "selected_adapter", None) == self.adapter:
             return
         self.lm.selected_adapter = self.adapter
         if self.adapter is None:
@@ -818,6 +817,15 @@ def generate(
     return responses, logprobs
 
 
+def response_states(x: Tensor, part: Rollout) -> Tensor:
+    """[B, longest, ...] -> [N, ...]: the states in which the response tokens are chosen."""
+    pieces = []
+    for row, prompt, response in zip(x, part.prompts, part.responses, strict=True):
+        start = len(prompt) - 1
+        pieces.append(row[start : start + len(response)])
+    return torch.cat(pieces)
+
+
 def forward(
     model: LanguageModel, part: Rollout, config: Config, reference: LanguageModel | None = None,
     only_values: bool = False,
@@ -830,16 +838,7 @@ def forward(
     sequences = [prompt + response for prompt, response in zip(part.prompts, part.responses, strict=True)]
     lengths = [len(response) for response in part.responses]
 
-    def in_responses(x: Tensor) -> Tensor:
-        """[B, longest, ...] -> [N, ...]: the states in which the response tokens are chosen."""
-        pieces = []
-        for row, prompt, length in zip(x, part.prompts, lengths, strict=True):
-            start = len(prompt) - 1
-            pieces.append(row[start : start + length])
-        return torch.cat(pieces)
-
-    def as_rows(x: Tensor) -> Tensor:
-        """[N] -> [B, T]"""
+    def as_rows(x: Tensor) -> Tensor:  # [N] -> [B, T]
         return pad_sequence(x.split(lengths), batch_first=True)
 
     def head(states: Tensor, targets: Tensor, ref_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -853,14 +852,14 @@ def forward(
     outputs = {}
     hidden = model.hidden(sequences)
     if model.value_head is not None:
-        outputs["values"] = as_rows(in_responses(model.values(hidden)))
+        outputs["values"] = as_rows(response_states(model.values(hidden), part))
     if only_values or not model.has_logits:
         return outputs
-    states = in_responses(hidden)
+    states = response_states(hidden, part)
     ref_states = states.detach()
     if reference:
         with torch.no_grad():
-            ref_states = in_responses(reference.hidden(sequences))
+            ref_states = response_states(reference.hidden(sequences), part)
     targets = torch.tensor([token for response in part.responses for token in response], device=states.device)
     size = max(1, LOGITS_PER_CHUNK // model.num_tokens)
     if torch.is_grad_enabled() and len(states) > size:
@@ -954,7 +953,7 @@ def score_anew(models: Models, rollout: Rollout, config: Config) -> dict[str, Te
     return {
         "rollout/logprob_gap": gap,
         "rollout/is_weight_mean": masked_mean(weights, mask),
-        "rollout/is_weight_max": max_over_ranks(weights.masked_fill(mask == 0, 0.0).max()),
+        "rollout/is_weight_max": max_over_ranks((weights * mask).max()),
         "rollout/is_capped": masked_mean((weights >= config.rollout_is_cap).float(), mask),
     }
 
@@ -1117,10 +1116,9 @@ def average(history: list[dict[str, float]]) -> dict[str, float]:
 def update(
     role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, config: Config
 ) -> dict[str, float]:
-    """The epochs of the "actor" (a shared critic learns with it) or of the "critic". Returns their metrics.
+    """The epochs of the "actor" (and a shared critic) or of the "critic", each a fresh permutation: metrics.
 
-    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and
-    the epochs of the critic end when its loss there stops falling.
+    With critic_early_stop a tenth of the rollout is held out: epochs end when the loss there stops falling.
     """
     clock = clock_now()
     learner = getattr(models, role)
@@ -1156,7 +1154,6 @@ def update(
             if loss >= best_loss:
                 break
             best_loss = loss
-
     prefix = "optim/" if role == "actor" else "optim/critic_"
     metrics = average(history)
     metrics[f"{prefix}lr"] = lr_factor * learner.base_lr
@@ -1219,27 +1216,24 @@ def main(config: Config) -> None:
         run.begin(start)
         for step in run.progress_bar(start):
             kl_coef = kl_controller.coef
+            run.evaluate_if_due(step, models, reward, evals, kl_coef)
+            clock = clock_now()
+            order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
+            batch = [examples[i] for i in order for _ in range(config.rollout_n)]
             with run.saving_on_error(step, models, kl_coef):
-                if evals and run.is_evaluation_due(step):
-                    run.log_evaluation(step, *evaluate(models, reward, evals, kl_coef, config))
-                clock = clock_now()
-                order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
-                batch = [examples[i] for i in order for _ in range(config.rollout_n)]
                 rollout, metrics = collect_rollout(models, reward, batch, step, kl_coef, config)
             if models.critic:
                 metrics |= update("critic", models, rollout, step, total, kl_coef, config)
             if step >= config.critic_warmup:
                 metrics |= update("actor", models, rollout, step, total, kl_coef, config)
             kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
-            samples = describe_samples(rollout, "train", 2, models)
-            run.log_step(step + 1, metrics, samples, clock_now() - clock)
+            run.log_step(step + 1, metrics, rollout, models, clock_now() - clock)
             stopping = run.is_stopping()
             if stopping or run.is_save_due(step + 1):
                 save_checkpoint(run, step + 1, models, kl_controller.coef)
             if stopping:
                 run.stop(step + 1)
-        if evals and run.is_evaluation_due(total):
-            run.log_evaluation(total, *evaluate(models, reward, evals, kl_controller.coef, config))
+        run.evaluate_if_due(total, models, reward, evals, kl_controller.coef)
         if total > 0:
             export_models(run.folder, models, config)
 
@@ -2030,11 +2024,15 @@ class Run:
         steps = range(start, self.total)
         return tqdm(steps, initial=start, total=self.total, file=sys.stdout, disable=hidden)
 
-    def is_evaluation_due(self, step: int) -> bool:
+    def evaluate_if_due(
+        self, step: int, models: Models, reward: Callable, examples: list[Example], kl_coef: float
+    ) -> None:
         """Also when the run was stopped before the evaluation of the step that it is resumed from."""
-        scores = self.table.get("eval/score", pandas.Series())
-        is_missing = pandas.isna(scores.get(step))
-        return is_missing and (step == self.total or step % self.config.eval_every == 0)
+        is_missing = pandas.isna(self.table.get("eval/score", pandas.Series()).get(step))
+        if examples and is_missing and (step == self.total or step % self.config.eval_every == 0):
+            with self.saving_on_error(step, models, kl_coef):
+                results = evaluate(models, reward, examples, kl_coef, self.config)
+            self.log_evaluation(step, *results)
 
     def is_save_due(self, step: int) -> bool:
         every = self.config.save_every
@@ -2055,10 +2053,12 @@ class Run:
             self.tracker = None
         return metrics
 
-    def log_step(self, step: int, metrics: dict, samples: list[dict], seconds: float) -> None:
-        """A row of the table and of the console."""
+    def log_step(
+        self, step: int, metrics: dict, rollout: Rollout, models: Models, seconds: float
+    ) -> None:
+        """A row of the table and of the console, and two samples."""
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / seconds
-        metrics = self.add(step, metrics, samples)
+        metrics = self.add(step, metrics, describe_samples(rollout, "train", 2, models))
         check_health(metrics, step - 1, self.said)
         left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
         cells = {"step": f"{step}/{self.total}"}
