@@ -68,7 +68,7 @@ def write_run(folder: Path, samples: list[dict], critic: bool = True) -> Path:
     rows = ["step,eval/score,eval/standard_error,reward/score,value/explained_variance", "0,0.25,0.125,,"]
     rows += [f"{step},,,0.5,{variance}" for step in (1, 2)] + [f"3,0.75,0.0625,0.5,{variance}"]
     (folder / "training_metrics.csv").write_text("\n".join(rows) + "\n")
-    config = {"model": "/home/someone/models/tiny", "dataset": "demo", "reward": "gsm8k", "seed": 1}
+    config = {"model": "/data/someone/models/tiny", "dataset": "demo", "reward": "gsm8k", "seed": 1}
     (folder / "summary.json").write_text(json.dumps({"status": "finished", "config": config}))
     return folder
 
