@@ -7,7 +7,7 @@ scripts/rlhf_demo.sh "$folder"
 python - "$folder/report.csv" <<'PY'
 import sys, pandas
 report = pandas.read_csv(sys.argv[1])
-best = report[report["run"] == "kl"].iloc[-1]
+best = report[report["policy"] == "ppo_kl"].iloc[-1]
 print(best.to_string())
 sys.exit(int(not best["win_rate"] >= 0.6))
 PY
