@@ -65,7 +65,7 @@ def peer(config: Config) -> None:
             self.times.append((time.perf_counter(), self.num_timesteps))
 
     torch.set_num_threads(1)
-    c = ppo_classic.choose_preset(config.env_id)[1]
+    c = ppo_classic.choose_preset(config.env_id)
     envs = make_vec_env(config.env_id, c.num_envs, seed=config.seed)
     if c.norm_obs:
         envs = VecNormalize(envs, gamma=c.gamma, norm_reward=c.norm_reward == "scale")
@@ -189,16 +189,16 @@ def scaling_rows(ppo_classic):
     for num_envs in (1, 4, 16, 64, 256, 1024):
         c = replace(ppo_classic.Config(), num_envs=num_envs)
         envs = ppo_classic.make_envs(c, num_envs)
-        agent, stream = ppo_classic.Agent(envs, c), ppo_classic.Stream(envs, c.env_id)
+        agent, stream = ppo_classic.Agent(envs, c), ppo_classic.Stream(envs)
         stream.restart(1)
         seconds, rows = {"rollout": 0.0, "update": 0.0}, 0
         for step in range(2 + max(3, 4096 // (num_envs * 4))):
             clock = time.perf_counter()
             rollout = ppo_classic.collect_rollout(agent, stream, step, c)
             middle = time.perf_counter()
-            ppo_classic.update(agent, rollout, step, 2.5e-4, 0.2, 0.0, c)
+            ppo_classic.update(agent, rollout, step, 0.0, c)
             if step >= 2:  # the first two warm up
-                rows += int(rollout.valid.sum())
+                rows += len(rollout.values)
                 seconds["rollout"] += middle - clock
                 seconds["update"] += time.perf_counter() - middle
         yield (f"{num_envs},{rows / sum(seconds.values()):.0f},{rows / seconds['rollout']:.0f},"
