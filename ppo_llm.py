@@ -239,7 +239,7 @@ class Config:
 
 
 DEMO = Config(
-    model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
+    model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=25, train_batch_size=128, ppo_epochs=2,
     ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
 
 

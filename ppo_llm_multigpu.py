@@ -250,7 +250,7 @@ class Config:
 
 
 DEMO = Config(
-    model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
+    model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=25, train_batch_size=128, ppo_epochs=2,
     ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
 
 
@@ -1477,6 +1477,7 @@ def start_ranks(config: Config) -> None:
         torch.cuda.set_device(LOCAL_RANK)
     timeout = timedelta(seconds=config.dist_timeout)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    all_reduce(torch.zeros(1), dist.ReduceOp.SUM)  # from here on a rank that is stuck ends
 
 
 def all_reduce(x: Tensor, operation) -> Tensor:
