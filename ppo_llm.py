@@ -1464,7 +1464,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     targets = [target.strip() for target in config.lora_target.split(",")]
     for target in targets:
-        layers = [layer for name, layer in lm.named_modules() if f".{name}".endswith(f".{target}")]
+        layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
         if not target.startswith("all") and (not layers or lm.get_output_embeddings() in layers):
             raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     if targets in (["all"], ["all-linear"]):
