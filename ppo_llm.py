@@ -2266,6 +2266,7 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     """
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
+    lm_config.dtype = torch.float32
     lm_config.pad_token_id = tokenizer.pad_token_id
     if lm_config.pad_token_id is None:
         lm_config.pad_token_id = tokenizer.eos_token_id
