@@ -1462,7 +1462,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     targets = [target.strip() for target in config.lora_target.split(",")]
     for target in targets:
-        layers = [layer for name, layer in lm.named_modules() if f".{name}".endswith(f".{target}")]
+        layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
         if not target.startswith("all") and (not layers or lm.get_output_embeddings() in layers):
             raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     if targets in (["all"], ["all-linear"]):
@@ -2283,6 +2283,7 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     """
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
+    lm_config.dtype = torch.float32
     lm_config.pad_token_id = tokenizer.pad_token_id
     if lm_config.pad_token_id is None:
         lm_config.pad_token_id = tokenizer.eos_token_id
