@@ -96,7 +96,7 @@ def test_gradient_checkpointing_recomputes_layers_and_changes_no_number(kind, fo
         layers = []
         for module in models.actor.model.lm.modules():
             if isinstance(module, torch.nn.LayerNorm) or "RMSNorm" in type(module).__name__:
-                module.register_forward_hook(lambda module, inputs, output: layers.append(module))
+                module.register_forward_hook(lambda module, inputs, output, seen=layers: seen.append(module))
         rollout, _ = collect(models, config)
         layers.clear()
         part = rollout.take([0])
@@ -135,7 +135,8 @@ def test_a_state_space_model_is_refused(kind, changes, tmp_path):
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("t5")
-    transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16).save_pretrained(folder)
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=16)
+    config.save_pretrained(folder)
     return folder
 
 
