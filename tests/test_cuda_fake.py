@@ -123,7 +123,8 @@ def test_rollout_scoring_and_update_run_on_fake_cuda_tensors_in_bf16(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "fault"), [  # 0.3 s each
+@pytest.mark.slow
+@pytest.mark.parametrize(("place", "fault"), [
     ("tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)",
      "tokens = torch.zeros(len(prompts), limit, dtype=torch.long)"),
     ("logprobs = torch.zeros(len(prompts), limit, device=device)", "logprobs = torch.zeros(len(prompts), limit)"),
