@@ -1429,7 +1429,10 @@ def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
     transformers.utils.logging.disable_progress_bar()
     for name in (config.model, config.critic_model or config.model):
         check_context(name, config)
-    return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
 
 
 def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
