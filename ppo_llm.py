@@ -1791,6 +1791,8 @@ def load_reward(config: Config) -> Callable:
         function = gsm8k_reward
     elif ".py:" in spec:
         function = load_function(spec, "reward")
+    elif spec.endswith(".py"):
+        raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
     elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
         return RewardModel(spec, config)
     else:
