@@ -688,6 +688,9 @@ def build_models(tokenizer, config: Config) -> Models:
             value_model = LanguageModel(lm, num_tokens, True, config, "critic")
         else:
             value_model = build_critic(config)
+            known = value_model.lm.get_input_embeddings().weight.shape[0]
+            if known < num_tokens:
+                raise UsageError(f"critic_model knows {known} tokens, the policy {num_tokens}")
         critic = Learner(value_model, config.critic_lr, config.critic_lr, config)
     adapter = "policy" if config.lora_rank else None
     policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config, adapter)
