@@ -687,6 +687,9 @@ def build_models(tokenizer, config: Config) -> Models:
             value_model = LanguageModel(lm, num_tokens, True, config, "critic")
         else:
             value_model = build_critic(config)
+            known = value_model.lm.get_input_embeddings().weight.shape[0]
+            if known < num_tokens:
+                raise UsageError(f"critic_model knows {known} tokens, the policy {num_tokens}")
         critic = Learner(value_model, config.critic_lr, config.critic_lr, config)
     adapter = "policy" if config.lora_rank else None
     policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config, adapter)
@@ -1424,7 +1427,10 @@ def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
     transformers.utils.logging.disable_progress_bar()
     for name in (config.model, config.critic_model or config.model):
         check_context(name, config)
-    return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    try:
+        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
 
 
 def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
@@ -1783,6 +1789,8 @@ def load_reward(config: Config) -> Callable:
         function = gsm8k_reward
     elif ".py:" in spec:
         function = load_function(spec, "reward")
+    elif spec.endswith(".py"):
+        raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
     elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
         return RewardModel(spec, config)
     else:
