@@ -1967,6 +1967,7 @@ class Run:
         self.tracker_id = f"{time.time_ns():x}"
         self.lock = lock_folder(self.folder)
         self.checkpoint = find_checkpoint(self.folder, config.resume)
+        self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
         self.command = shlex.join([*LAUNCHER, *sys.argv])  # what continues this run
         if not config.output_dir:
             self.command += f" --output_dir {self.folder}"
@@ -2001,17 +2002,21 @@ class Run:
         samples = self.folder / "samples.jsonl"
         table = pandas.DataFrame()
         lines = []
-        problem = f"{self.folder} has no checkpoint: the run begins anew"
-        if self.checkpoint and self.folder in self.checkpoint.parents:
-            print(f"resumed from {self.checkpoint.name} of {self.total}")
+        problem = None
+        if self.checkpoint:
+            print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
+        if self.continues:
             try:
                 table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
                 table = table.loc[:start]
-                lines = [x for x in samples.read_text().splitlines(True) if json.loads(x)["step"] <= start]
-                problem = None
+                text = samples.read_text()
+                text = text[: text.rfind("\n") + 1]  # a kill may have left half a line
+                lines = [x for x in text.splitlines(True) if json.loads(x)["step"] <= start]
             except (OSError, ValueError, KeyError) as error:
                 problem = f"the logs cannot be read and begin anew: {error}"
-        if problem and log.exists():
+        elif log.exists():
+            problem = f"{self.folder} has no checkpoint: the run begins anew"
+        if problem:
             warn(problem)
             keep_old(log)
             keep_old(samples)
@@ -2248,7 +2253,8 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     models.actor.load(run.checkpoint / "actor.safetensors")
     if models.critic:
         models.critic.load(run.checkpoint / "critic.safetensors")
-    run.tracker_id = state["tracker_id"]
+    if run.continues:
+        run.tracker_id = state["tracker_id"]
     run.settings_history = state["settings_history"]
     if changes:
         warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
