@@ -2126,8 +2126,12 @@ class Run:
             self.write_summary("finished")
             self.print_end()
         elif self.start is not None:
-            self.write_summary("stopped" if kind is SystemExit else "failed", f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # a full disk
+                status = "stopped" if kind is SystemExit else "failed"
+                self.write_summary(status, f"{kind.__name__}: {error}")
         self.lock.close()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UsageError(f"{self.folder}: {error}") from error
 
     def evaluations(self) -> list[dict]:
         """The rows of the table that have one."""
