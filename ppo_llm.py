@@ -2046,7 +2046,7 @@ class Run:
     def add(self, step: int, metrics: dict, samples: list[dict]) -> dict[str, float]:
         """Into training_metrics.csv, samples.jsonl and the tracker. Returns the metrics as numbers."""
         metrics = {name: float(x) for name, x in metrics.items()}
-        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table)  # sorts the columns
+        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table).sort_index(axis=1)
         write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
