@@ -1975,6 +1975,7 @@ class Run:
         self.tracker_id = f"{time.time_ns():x}"
         self.lock = lock_folder(self.folder)
         self.checkpoint = find_checkpoint(self.folder, config.resume)
+        self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
         self.command = shlex.join([*LAUNCHER, *sys.argv])  # what continues this run
         if not config.output_dir:
             self.command += f" --output_dir {self.folder}"
@@ -2009,17 +2010,21 @@ class Run:
         samples = self.folder / "samples.jsonl"
         table = pandas.DataFrame()
         lines = []
-        problem = f"{self.folder} has no checkpoint: the run begins anew"
-        if self.checkpoint and self.folder in self.checkpoint.parents:
-            print(f"resumed from {self.checkpoint.name} of {self.total}")
+        problem = None
+        if self.checkpoint:
+            print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
+        if self.continues:
             try:
                 table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
                 table = table.loc[:start]
-                lines = [x for x in samples.read_text().splitlines(True) if json.loads(x)["step"] <= start]
-                problem = None
+                text = samples.read_text()
+                text = text[: text.rfind("\n") + 1]  # a kill may have left half a line
+                lines = [x for x in text.splitlines(True) if json.loads(x)["step"] <= start]
             except (OSError, ValueError, KeyError) as error:
                 problem = f"the logs cannot be read and begin anew: {error}"
-        if problem and log.exists():
+        elif log.exists():
+            problem = f"{self.folder} has no checkpoint: the run begins anew"
+        if problem:
             warn(problem)
             keep_old(log)
             keep_old(samples)
@@ -2049,7 +2054,7 @@ class Run:
     def add(self, step: int, metrics: dict, samples: list[dict]) -> dict[str, float]:
         """Into training_metrics.csv, samples.jsonl and the tracker. Returns the metrics as numbers."""
         metrics = {name: float(x) for name, x in metrics.items()}
-        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table)  # sorts the columns
+        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table).sort_index(axis=1)
         write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
@@ -2129,8 +2134,12 @@ class Run:
             self.write_summary("finished")
             self.print_end()
         elif self.start is not None:
-            self.write_summary("stopped" if kind is SystemExit else "failed", f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # a full disk
+                status = "stopped" if kind is SystemExit else "failed"
+                self.write_summary(status, f"{kind.__name__}: {error}")
         self.lock.close()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UsageError(f"{self.folder}: {error}") from error
 
     def evaluations(self) -> list[dict]:
         """The rows of the table that have one."""
@@ -2256,7 +2265,8 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     models.actor.load(run.checkpoint / "actor.safetensors")
     if models.critic:
         models.critic.load(run.checkpoint / "critic.safetensors")
-    run.tracker_id = state["tracker_id"]
+    if run.continues:
+        run.tracker_id = state["tracker_id"]
     run.settings_history = state["settings_history"]
     if changes:
         warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
