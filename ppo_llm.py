@@ -502,8 +502,7 @@ class LanguageModel(nn.Module):
 
     def select_adapter(self) -> None:
         """The trunk computes with this model's adapter, the only one that gets a gradient, or with none."""
-        selected = getattr(self.lm, "selected_adapter", None)
-        if selected == self.adapter:
+        if getattr(self.lm, "selected_adapter", None) == self.adapter:
             return
         self.lm.selected_adapter = self.adapter
         if self.adapter is None:
@@ -818,6 +817,15 @@ def generate(
     return responses, logprobs
 
 
+def response_states(x: Tensor, part: Rollout) -> Tensor:
+    """[B, longest, ...] -> [N, ...]: the states in which the response tokens are chosen."""
+    pieces = []
+    for row, prompt, response in zip(x, part.prompts, part.responses, strict=True):
+        start = len(prompt) - 1
+        pieces.append(row[start : start + len(response)])
+    return torch.cat(pieces)
+
+
 def forward(
     model: LanguageModel, part: Rollout, config: Config, reference: LanguageModel | None = None,
     only_values: bool = False,
@@ -830,16 +838,7 @@ def forward(
     sequences = [prompt + response for prompt, response in zip(part.prompts, part.responses, strict=True)]
     lengths = [len(response) for response in part.responses]
 
-    def in_responses(x: Tensor) -> Tensor:
-        """[B, longest, ...] -> [N, ...]: the states in which the response tokens are chosen."""
-        pieces = []
-        for row, prompt, length in zip(x, part.prompts, lengths, strict=True):
-            start = len(prompt) - 1
-            pieces.append(row[start : start + length])
-        return torch.cat(pieces)
-
-    def as_rows(x: Tensor) -> Tensor:
-        """[N] -> [B, T]"""
+    def as_rows(x: Tensor) -> Tensor:  # [N] -> [B, T]
         return pad_sequence(x.split(lengths), batch_first=True)
 
     def head(states: Tensor, targets: Tensor, ref_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -853,14 +852,14 @@ def forward(
     outputs = {}
     hidden = model.hidden(sequences)
     if model.value_head is not None:
-        outputs["values"] = as_rows(in_responses(model.values(hidden)))
+        outputs["values"] = as_rows(response_states(model.values(hidden), part))
     if only_values or not model.has_logits:
         return outputs
-    states = in_responses(hidden)
+    states = response_states(hidden, part)
     ref_states = states.detach()
     if reference:
         with torch.no_grad():
-            ref_states = in_responses(reference.hidden(sequences))
+            ref_states = response_states(reference.hidden(sequences), part)
     targets = torch.tensor([token for response in part.responses for token in response], device=states.device)
     size = max(1, LOGITS_PER_CHUNK // model.num_tokens)
     if torch.is_grad_enabled() and len(states) > size:
@@ -954,7 +953,7 @@ def score_anew(models: Models, rollout: Rollout, config: Config) -> dict[str, Te
     return {
         "rollout/logprob_gap": gap,
         "rollout/is_weight_mean": masked_mean(weights, mask),
-        "rollout/is_weight_max": max_over_ranks(weights.masked_fill(mask == 0, 0.0).max()),
+        "rollout/is_weight_max": max_over_ranks((weights * mask).max()),
         "rollout/is_capped": masked_mean((weights >= config.rollout_is_cap).float(), mask),
     }
 
@@ -1117,10 +1116,9 @@ def average(history: list[dict[str, float]]) -> dict[str, float]:
 def update(
     role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, config: Config
 ) -> dict[str, float]:
-    """The epochs of the "actor" (a shared critic learns with it) or of the "critic". Returns their metrics.
+    """The epochs of the "actor" (and a shared critic) or of the "critic", each a fresh permutation: metrics.
 
-    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and
-    the epochs of the critic end when its loss there stops falling.
+    With critic_early_stop a tenth of the rollout is held out: epochs end when the loss there stops falling.
     """
     clock = clock_now()
     learner = getattr(models, role)
@@ -1156,7 +1154,6 @@ def update(
             if loss >= best_loss:
                 break
             best_loss = loss
-
     prefix = "optim/" if role == "actor" else "optim/critic_"
     metrics = average(history)
     metrics[f"{prefix}lr"] = lr_factor * learner.base_lr
@@ -1219,27 +1216,24 @@ def main(config: Config) -> None:
         run.begin(start)
         for step in run.progress_bar(start):
             kl_coef = kl_controller.coef
+            run.evaluate_if_due(step, models, reward, evals, kl_coef)
+            clock = clock_now()
+            order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
+            batch = [examples[i] for i in order for _ in range(config.rollout_n)]
             with run.saving_on_error(step, models, kl_coef):
-                if evals and run.is_evaluation_due(step):
-                    run.log_evaluation(step, *evaluate(models, reward, evals, kl_coef, config))
-                clock = clock_now()
-                order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
-                batch = [examples[i] for i in order for _ in range(config.rollout_n)]
                 rollout, metrics = collect_rollout(models, reward, batch, step, kl_coef, config)
             if models.critic:
                 metrics |= update("critic", models, rollout, step, total, kl_coef, config)
             if step >= config.critic_warmup:
                 metrics |= update("actor", models, rollout, step, total, kl_coef, config)
             kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
-            samples = describe_samples(rollout, "train", 2, models)
-            run.log_step(step + 1, metrics, samples, clock_now() - clock)
+            run.log_step(step + 1, metrics, rollout, models, clock_now() - clock)
             stopping = run.is_stopping()
             if stopping or run.is_save_due(step + 1):
                 save_checkpoint(run, step + 1, models, kl_controller.coef)
             if stopping:
                 run.stop(step + 1)
-        if evals and run.is_evaluation_due(total):
-            run.log_evaluation(total, *evaluate(models, reward, evals, kl_controller.coef, config))
+        run.evaluate_if_due(total, models, reward, evals, kl_controller.coef)
         if total > 0:
             export_models(run.folder, models, config)
 
@@ -1253,7 +1247,7 @@ def main(config: Config) -> None:
 
 
 def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -1319,7 +1313,10 @@ def fitting_sizes(num_prompts: int, config: Config) -> str:
     responses = prompts * config.rollout_n
     wanted = max(1, responses * config.ppo_mini_batch_size // config.rollout_size)
     size = max(d for d in range(1, wanted + 1) if responses % d == 0)
-    return f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    flags = f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    if config.critic_ppo_mini_batch_size:
+        flags += f" --critic_ppo_mini_batch_size {size}"
+    return flags
 
 
 def warn_of_settings(c: Config) -> None:
@@ -1487,7 +1484,8 @@ def find_stop_ids(lm: nn.Module, tokenizer) -> set[int]:
         ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             stop_ids.add(ids[0])
-    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
+    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
+    print(f"stop tokens: {printable(tokens)}")
     return stop_ids
 
 
@@ -1504,12 +1502,15 @@ def read_rows(source: str, split: str) -> list[dict]:
             with opener(path, "rt", encoding="utf-8-sig") as file:
                 rows = read_json(file.read())
         elif re.search(r"\.csv(\.gz)?$", path.name):  # text as it stands in the file
-            table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            with warnings.catch_warnings(action="error"):  # pandas only warns when it cuts long rows
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
             rows = table.to_dict("records")
         elif path.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
         elif path.is_dir():
             saved = datasets.load_from_disk(source)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"there is no split {split}; there are {', '.join(saved)}")
             rows = (saved[split] if isinstance(saved, dict) else saved).to_list()
         else:
             name, part, named_split = f"{source}::".split(":", 2)
@@ -1535,7 +1536,7 @@ def read_json(text: str) -> list:
             try:
                 rows.append(read(line))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+                raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
@@ -1550,11 +1551,15 @@ def read_messages(value) -> list[dict]:
         role = turn.get("role") or turn.get("from")
         content = turn.get("content") or turn.get("value")
         if isinstance(content, list):
-            content = "".join(part.get("text") or "" for part in content if part["type"] == "text")
-        if not isinstance(content, str) or not content.strip() or not role:
-            raise ValueError("a turn has no text or no role")
+            if any(part["type"] != "text" for part in content):
+                raise ValueError("a part of a turn is not text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip() or not role or turn.get("tool_calls"):
+            raise ValueError("a turn has no text or no role, or calls tools")
         role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's names
         messages.append({"role": role, "content": content})
+    if all(message["role"] == "assistant" for message in messages):
+        raise ValueError("there is no turn to answer")
     return messages
 
 
@@ -1562,7 +1567,7 @@ def read_answer(value) -> str:
     """The ground truth as text; "" where there is none. Raises ValueError."""
     if isinstance(value, dict) and "ground_truth" in value:  # verl's reward_model
         value = value["ground_truth"]
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict, bytes)):
         raise ValueError(f"the answer is a {type(value).__name__}, not text or a number")
     if isinstance(value, bool):
         return str(value).lower()
@@ -1599,7 +1604,10 @@ def make_example(
     text = messages[-1]["content"]
     if config.system_prompt:
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return Example(text, answer, render(messages, tokenizer, is_prompt=True), messages)
+    prompt = render(messages, tokenizer, is_prompt=True)
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    return Example(text, answer, prompt, messages)
 
 
 def find_column(columns: list[str], wanted: str | None, usual: str, source: str) -> str | None:
@@ -1652,6 +1660,8 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
     print(f"data set: {config.dataset} (--dataset chooses another)")
     rows = read_rows(config.dataset, "train")
     train = make_examples(rows, tokenizer, config, config.dataset, training=True)
+    if not train:
+        raise UsageError(f"{config.dataset}: no prompt has at most {config.max_prompt_length} tokens")
     if len(train) < config.train_batch_size:
         raise UsageError(f"{config.dataset}: {len(train)} prompts, but train_batch_size is"
                          f" {config.train_batch_size}: {fitting_sizes(len(train), config)}")
@@ -1791,11 +1801,11 @@ def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -
 def read_scores(result, count: int) -> tuple[list[float], dict[str, list[float]]]:
     """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
     scores, measured = result if isinstance(result, tuple) else (result, {})
-    columns = {"score": scores, **measured}
+    columns = {**measured, "score": scores}
     for name, column in columns.items():
         if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
             raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
-        columns[name] = [float("nan" if x is None else x) for x in column]
+        columns[name] = [math.nan if isinstance(x, (str, type(None))) else float(x) for x in column]
         for row, x in enumerate(columns[name]):
             if not abs(x) < 3e38:  # finite, in fp32 too
                 raise UsageError(f"the reward's {name} of row {row} is {column[row]!r}, not a finite number")
@@ -2014,11 +2024,15 @@ class Run:
         steps = range(start, self.total)
         return tqdm(steps, initial=start, total=self.total, file=sys.stdout, disable=hidden)
 
-    def is_evaluation_due(self, step: int) -> bool:
+    def evaluate_if_due(
+        self, step: int, models: Models, reward: Callable, examples: list[Example], kl_coef: float
+    ) -> None:
         """Also when the run was stopped before the evaluation of the step that it is resumed from."""
-        scores = self.table.get("eval/score", pandas.Series())
-        is_missing = pandas.isna(scores.get(step))
-        return is_missing and (step == self.total or step % self.config.eval_every == 0)
+        is_missing = pandas.isna(self.table.get("eval/score", pandas.Series()).get(step))
+        if examples and is_missing and (step == self.total or step % self.config.eval_every == 0):
+            with self.saving_on_error(step, models, kl_coef):
+                results = evaluate(models, reward, examples, kl_coef, self.config)
+            self.log_evaluation(step, *results)
 
     def is_save_due(self, step: int) -> bool:
         every = self.config.save_every
@@ -2039,10 +2053,12 @@ class Run:
             self.tracker = None
         return metrics
 
-    def log_step(self, step: int, metrics: dict, samples: list[dict], seconds: float) -> None:
-        """A row of the table and of the console."""
+    def log_step(
+        self, step: int, metrics: dict, rollout: Rollout, models: Models, seconds: float
+    ) -> None:
+        """A row of the table and of the console, and two samples."""
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / seconds
-        metrics = self.add(step, metrics, samples)
+        metrics = self.add(step, metrics, describe_samples(rollout, "train", 2, models))
         check_health(metrics, step - 1, self.said)
         left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
         cells = {"step": f"{step}/{self.total}"}
@@ -2297,17 +2313,21 @@ def read_options(path: str) -> list[str]:
     """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError."""
     import yaml  # YAML contains JSON
 
-    options = yaml.safe_load(Path(path).read_text())
+    try:
+        options = yaml.safe_load(Path(path).read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: {' '.join(str(error).split())}") from error
+    if isinstance(options, dict):
+        options = options.get("config", options)
     if not isinstance(options, dict):
         raise UsageError(f"config {path}: there are no options")
-    options = options.get("config", options)
     types = {x.name: x.type for x in fields(Config)}
     arguments = []
     for name, x in options.items():
-        if types.get(name) is bool:
+        if types.get(name) is bool and isinstance(x, bool):
             arguments.append(f"--{name}" if x else f"--no_{name}")
         elif name not in ("output_dir", "resume"):
-            arguments += [f"--{name}", str(x)]
+            arguments.append(f"--{name}={x}")
     return arguments
 
 
@@ -2372,7 +2392,7 @@ def start() -> int:
                   " --gradient_checkpointing, or train adapters with --lora_rank (docs/memory.md)")
     except (OSError, SafetensorError) as error:
         reason = str(error)  # a full disk, a folder that cannot be written
-    print(f"error: {reason}", file=sys.stderr)
+    print(f"error: {printable(reason)}", file=sys.stderr)
     return 2
 
 
