@@ -1477,6 +1477,7 @@ def start_ranks(config: Config) -> None:
         torch.cuda.set_device(LOCAL_RANK)
     timeout = timedelta(seconds=config.dist_timeout)
     deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    all_reduce(torch.zeros(1), dist.ReduceOp.SUM)  # from here on a rank that is stuck ends
 
 
 def all_reduce(x: Tensor, operation) -> Tensor:
