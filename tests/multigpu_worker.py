@@ -1,4 +1,4 @@
-"""What one rank of test_multigpu.py does, in a process that test_multigpu.py forks: importing takes longer than most cases.
+"""What one rank of test_multigpu.py does, in a process that it forks: importing takes longer than most cases.
 
 The same cases with ppo_llm.py, in one process, give what is expected.
 """
@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import torch
 import transformers
 
@@ -25,6 +26,7 @@ def run_rank(environment: dict[str, str], folder: Path, output: Path, arguments:
     import ppo_llm_multigpu  # reads RANK
 
     torch.set_num_threads(1)
+    matplotlib.figure.Figure.savefig = lambda figure, path, **rest: Path(path).touch()  # drawing takes seconds
     if arguments is not None:
         sys.argv = ["ppo_llm_multigpu.py", *arguments]
         sys.exit(ppo_llm_multigpu.start())

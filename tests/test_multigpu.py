@@ -1,4 +1,4 @@
-"""ppo_llm_multigpu.py in two processes on the CPU against ppo_llm.py in one: the same rollouts give the same update."""
+"""What one rank of test_multigpu.py does, in a process that it forks: importing takes longer than most cases.
 
 import copy
 import dataclasses
@@ -25,6 +25,7 @@ import ppo_llm
 import ppo_llm_multigpu as twin
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "assets" / "demo"
 DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 PPO = {"train_batch_size": 16, "ppo_mini_batch_size": 8, "ppo_epochs": 2, "micro_batch_tokens": 250, "lr": 1e-4,
        "critic_lr": 1e-3, "device": "cpu", "max_prompt_length": 256, "weight_decay": 0.01, "temperature": 2.0,
@@ -134,7 +135,8 @@ def forks():
     """Starts processes in which all is imported but the file itself."""
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ppo_llm", "multigpu_worker", "deepspeed", "peft", "matplotlib.figure",
+    context.set_forkserver_preload(["ppo_llm", "multigpu_worker", "deepspeed", "peft",
+                                    "deepspeed.runtime.zero.muon.original_muon",
                                     "transformers.models.qwen2.modeling_qwen2"])
     with pytest.MonkeyPatch.context() as patch:
         path = os.environ.get("PYTHONPATH", "")
@@ -181,6 +183,14 @@ class Ranks:
             time.sleep(0.05)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The first problems of the demo: reading all takes longer than a step."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join((DEMO / "train.jsonl").read_text().splitlines(True)[:40]))
+    return path
+
+
 def make_rollout(path: Path, settings: dict) -> None:
     """A rollout of the demo model with ragged lengths and all that an update needs."""
     config = dataclasses.replace(ppo_llm.DEMO, **settings)
@@ -207,7 +217,7 @@ def norm(tensors: list[torch.Tensor]) -> float:
 
 
 def distance(one: Path, other: Path, kind: str, start: Path | None = None) -> float:
-    """Norm of the difference of all tensors of a kind over the norm; with start, its maximum over the largest movement."""
+    """Norm of the difference of all tensors of a kind over the norm; with start, its maximum over the movement's."""
     a = load_file(one)
     b = load_file(other)
     assert set(a) == set(b)
@@ -325,7 +335,7 @@ def test_the_exported_policy_and_critic_are_whole_and_equal(name, layout, update
 # Whole runs: the same command on one rank or two; checkpoints; the launchers.
 
 RUN = {"total_steps": 3, "train_batch_size": 8, "ppo_mini_batch_size": 4, "eval_size": 5, "eval_every": 2, "lr": 1e-4,
-       "save_every": 1, "save_total_limit": 9, "seed": 3, "device": "cpu"}
+       "eval_dataset": "demo", "save_every": 1, "save_total_limit": 9, "seed": 3, "device": "cpu"}
 HOOK = """
 import torch
 def generate(model, prompts, stop_ids, config, generator):  # made up from the prompt; some probabilities are wrong
@@ -335,23 +345,24 @@ def generate(model, prompts, stop_ids, config, generator):  # made up from the p
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, forks) -> Path:
+def runs(tmp_path_factory, forks, data, no_figures) -> Path:
     """Three steps by one process and by two ranks, and runs of two ranks that go on from checkpoints of each other."""
     folder = tmp_path_factory.mktemp("runs")
+    settings = RUN | {"dataset": str(data)}
     (folder / "hook.py").write_text(HOOK)
     hook = {"run": "hook", "rollout": f"{folder}/hook.py:generate", "total_steps": 1, "eval_every": 0}
     one = [{"run": "straight"}, hook]
-    multigpu_worker.run_cases(ppo_llm, [{"name": "one", "runs": [RUN | changes for changes in one]}], folder)
+    multigpu_worker.run_cases(ppo_llm, [{"name": "one", "runs": [settings | changes for changes in one]}], folder)
     foreign = str(folder / "one" / "straight" / "checkpoints" / "step_2")
     own = str(folder / "two" / "runs" / "zero3" / "checkpoints" / "step_2")
     two = [{"run": "zero2"}, {"run": "zero3", "zero_stage": 3}, {"run": "again3", "zero_stage": 3, "resume": own},
            {"run": "again2", "resume": own}, {"run": "again0", "zero_stage": 0, "resume": own},
            {"run": "foreign", "resume": foreign}, hook,
            {"run": "bf16", "dtype": "bfloat16", "total_steps": 1, "eval_every": 0}]
-    (folder / "cases.json").write_text(json.dumps([{"name": "runs", "runs": [RUN | changes for changes in two]}]))
+    (folder / "cases.json").write_text(json.dumps([{"name": "runs", "runs": [settings | changes for changes in two]}]))
     ranks = Ranks(forks, folder)
     assert ranks.wait(300) == [0, 0], ranks.text()
-    multigpu_worker.run_cases(ppo_llm, [{"name": "one", "runs": [RUN | {"run": "again", "resume": own}]}], folder)
+    multigpu_worker.run_cases(ppo_llm, [{"name": "one", "runs": [settings | {"run": "again", "resume": own}]}], folder)
     return folder
 
 
@@ -435,12 +446,11 @@ def test_a_checkpoint_of_two_ranks_is_whole(runs):
 
 
 @launched
-def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path):
+def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path, data):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     shutil.copy(ROOT / "ppo_llm_multigpu.py", tmp_path)
     launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
-    demo = ROOT / "assets" / "demo"
-    flags = f"""--model {demo} --dataset {demo}/train.jsonl --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
+    flags = f"""--model {DEMO} --dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
         --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
     done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=300, capture_output=True,
                           text=True, env=os.environ | environment())
@@ -475,11 +485,12 @@ def hosts():
 
 @launched
 @pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")
-def test_two_hosts_without_ssh_run_the_demo(hosts, tmp_path):
+def test_two_hosts_without_ssh_run_the_demo(hosts, tmp_path, data):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
     launcher = "--hostfile hosts --no_ssh --master_addr 10.77.0.1 --master_port 29500 --node_rank".split()
-    flags = "--total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --output_dir run".split()
+    flags = f"""--dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0
+        --output_dir run""".split()
     processes = [subprocess.Popen(
         ["ip", "netns", "exec", name, DEEPSPEED, *launcher, str(i), str(ROOT / "ppo_llm_multigpu.py"),
          *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -511,12 +522,13 @@ def reward(prompts, responses, answers):
 """
 
 
-def start(forks, folder: Path, *flags: str, wait: str = "False", fail: str = "False", score: str = "len(response)",
-          world: int = 2) -> Ranks:
+def start(forks, data: Path, folder: Path, *flags: str, wait: str = "False", fail: str = "False",
+          score: str = "len(response)", world: int = 2) -> Ranks:
     """Three steps with a reward that waits or fails where it is told to."""
     (folder / "reward.py").write_text(REWARD.format(folder=str(folder), wait=wait, fail=fail, score=score))
     common = "--total_steps 3 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0 --device cpu --output_dir run"
-    return Ranks(forks, folder, [*common.split(), "--reward", f"{folder}/reward.py:reward", *flags], world)
+    hook = ["--reward", f"{folder}/reward.py:reward", "--dataset", str(data)]
+    return Ranks(forks, folder, [*common.split(), *hook, *flags], world)
 
 
 def saved(folder: Path) -> list[str]:
@@ -524,14 +536,14 @@ def saved(folder: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def stuck(forks, tmp_path_factory) -> Ranks:
+def stuck(forks, data, tmp_path_factory) -> Ranks:
     """Rank 1 scores for ever; the deadline passes while other tests run."""
-    return start(forks, tmp_path_factory.mktemp("stuck"), "--dist_timeout", "20", wait="rank == '1'")
+    return start(forks, data, tmp_path_factory.mktemp("stuck"), "--dist_timeout", "20", wait="rank == '1'")
 
 
 @launched
-def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(forks, tmp_path):
-    ranks = start(forks, tmp_path, wait="rank == '1'")
+def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(forks, data, tmp_path):
+    ranks = start(forks, data, tmp_path, wait="rank == '1'")
     ranks.wait_for(tmp_path / "scoring1_0", 60)
     ranks.processes[1].kill()
     assert ranks.wait(60) == [1, -signal.SIGKILL]
@@ -540,8 +552,8 @@ def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(for
 
 @launched
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_reward_that_raises_on_one_rank_ends_all_and_costs_no_finished_step(rank, forks, tmp_path):
-    ranks = start(forks, tmp_path, fail=f"rank == '{rank}' and calls == 1")
+def test_a_reward_that_raises_on_one_rank_ends_all_and_costs_no_finished_step(rank, forks, data, tmp_path):
+    ranks = start(forks, data, tmp_path, fail=f"rank == '{rank}' and calls == 1")
     assert ranks.wait(60) == [2, 2], ranks.text()
     texts = [path.read_text() for path in ranks.outputs]
     assert f"error: the reward raised ValueError('no score today') (rank {rank})" in texts[rank]
@@ -552,9 +564,9 @@ def test_a_reward_that_raises_on_one_rank_ends_all_and_costs_no_finished_step(ra
 
 
 @launched
-def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, tmp_path):
+def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, data, tmp_path):
     score = "1e30 if calls == 1 and rank == '1' else len(response)"
-    ranks = start(forks, tmp_path, "--save_every", "1", "--ppo_mini_batch_size", "2", score=score)
+    ranks = start(forks, data, tmp_path, "--save_every", "1", "--ppo_mini_batch_size", "2", score=score)
     assert ranks.wait(60) == [2, 2], ranks.text()
     for rank, path in enumerate(ranks.outputs):
         assert f"error: three gradients in a row are not finite" in path.read_text(), ranks.text()
@@ -563,8 +575,8 @@ def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, 
 
 
 @launched
-def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ranks_goes_on(forks, tmp_path):
-    ranks = start(forks, tmp_path, wait="not (here / 'go').exists()")
+def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ranks_goes_on(forks, data, tmp_path):
+    ranks = start(forks, data, tmp_path, wait="not (here / 'go').exists()")
     ranks.wait_for(tmp_path / "scoring1_0", 60)
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     time.sleep(0.5)
@@ -573,7 +585,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ra
     assert saved(tmp_path) == ["step_1"]
     assert "stopped after step 1; continue with: deepspeed ppo_llm_multigpu.py" in ranks.outputs[0].read_text()
     assert "stopped" not in ranks.outputs[1].read_text().replace("stopping when", "")
-    again = start(forks, tmp_path, world=1)
+    again = start(forks, data, tmp_path, world=1)
     assert again.wait(60) == [0], again.text()
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
 
