@@ -1,4 +1,4 @@
-"""What one rank of test_multigpu.py does, in a process that it forks: importing takes longer than most cases.
+"""ppo_llm_multigpu.py in two processes on the CPU against ppo_llm.py in one: the same rollouts give the same update."""
 
 import copy
 import dataclasses
@@ -569,7 +569,7 @@ def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, 
     ranks = start(forks, data, tmp_path, "--save_every", "1", "--ppo_mini_batch_size", "2", score=score)
     assert ranks.wait(60) == [2, 2], ranks.text()
     for rank, path in enumerate(ranks.outputs):
-        assert f"error: three gradients in a row are not finite" in path.read_text(), ranks.text()
+        assert "error: three gradients in a row are not finite" in path.read_text(), ranks.text()
         assert f"(rank {rank})" in path.read_text()
     assert saved(tmp_path) == ["step_1"]
 
