@@ -1048,7 +1048,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_settings_that_differ
         ppo_classic.main(tiny(output_dir="run", hidden_size=32))
     with pytest.raises(UsageError, match="env_id CartPole-v1 -> Acrobot-v1"):
         ppo_classic.main(tiny(output_dir="run", env_id="Acrobot-v1"))
-    assert read_summary(here / "run")["status"] == "failed" and len(read_log(here / "run")) == 4
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) == 4
     path = ppo_classic.checkpoints(here / "run")[-1]
     state = json.loads((path / "state.json").read_text()) | {"format": 0}
     (path / "state.json").write_text(json.dumps(state))
@@ -1150,6 +1150,15 @@ def test_an_environment_that_raises_shows_itself_after_the_last_step_was_saved(h
         ppo_classic.main(tiny(env_id="Raises-v0", output_dir="run", total_timesteps=256))
     summary = read_summary(here / "run")
     assert summary["status"] == "failed" and "the simulator lost its mind" in summary["reason"]
+
+
+def test_a_run_that_failed_in_its_first_step_can_be_started_again(here):
+    register("First", fault="raises", limit=60)
+    with pytest.raises(RuntimeError, match="the simulator lost its mind"):
+        ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    register("First")
+    ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) >= 4
 
 
 @pytest.mark.parametrize("field", ["observation", "reward"])
