@@ -553,9 +553,9 @@ class Learner:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         model.select_adapter()
-        named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-        self.names = [name for name, _ in named]
-        self.weights = [w for _, w in named]
+        named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self.names = list(named)
+        self.weights = list(named.values())
         # bf16 has 8 bits, too few for steps of 1e-6: masters and sums are fp32
         self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
         body = sum(w.requires_grad for w in model.lm.parameters())  # the value head comes after it
@@ -687,9 +687,6 @@ def build_models(tokenizer, config: Config) -> Models:
             value_model = LanguageModel(lm, num_tokens, True, config, "critic")
         else:
             value_model = build_critic(config)
-            known = value_model.lm.get_input_embeddings().weight.shape[0]
-            if known < num_tokens:
-                raise UsageError(f"critic_model knows {known} tokens, the policy {num_tokens}")
         critic = Learner(value_model, config.critic_lr, config.critic_lr, config)
     adapter = "policy" if config.lora_rank else None
     policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config, adapter)
@@ -1425,12 +1422,17 @@ def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
     """Also finds what is wrong with the models before their weights are loaded. Raises UsageError."""
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards
     transformers.utils.logging.disable_progress_bar()
+    known = []
     for name in (config.model, config.critic_model or config.model):
         check_context(name, config)
+        known.append(read_model_config(name, config).get_text_config().vocab_size)
     try:
-        return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
+    if known[1] < min(known[0], len(tokenizer)):
+        raise UsageError(f"critic_model knows {known[1]} tokens, the policy {known[0]}")
+    return tokenizer
 
 
 def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
