@@ -279,9 +279,11 @@ def one_step_run(folder, tmp_path_factory, no_figures):
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"lora_rank": None}, "lora_rank 4, not None"), ({"lora_rank": 8}, "lora_rank 4, not 8"),
     ({"lora_alpha": 3.0}, "lora_alpha None, not 3.0"), ({"lora_target": "q_proj"}, "lora_target all-linear, not"),
-    ({"critic": "separate"}, "critic shared, not separate")])
-def test_another_adapter_than_the_checkpoints_is_refused(
-        one_step_run, folder, tmp_path, no_figures, change, sentence):
+    ({"critic": "separate"}, "critic shared, not separate"), ({"model": None}, "model ")])
+def test_another_adapter_or_model_than_the_checkpoints_is_refused(
+        one_step_run, folder, flat_folder, tmp_path, no_figures, change, sentence):
+    if "model" in change:
+        change = {"model": str(flat_folder)}
     config = make_config(folder, total_steps=1, **LORA | {"critic": "shared"})
     changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), **change, resume=str(one_step_run))
     with pytest.raises(UsageError, match=f"was made with {sentence}"):
