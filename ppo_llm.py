@@ -2224,7 +2224,7 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     changes = []
     for name, new in asdict(run.config).items():
         old = state["config"].get(name)
-        if old != new and name in STRUCTURE:
+        if old != new and (name in STRUCTURE or (run.config.lora_rank and name == "model")):
             raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
         if old != new and name not in ("output_dir", "resume"):
             changes.append(f"{name} {old} → {new}")
