@@ -14,7 +14,7 @@ import ppo_llm
 from ppo_llm import export_models, score_tokens
 
 LORA = {"lora_rank": 4}
-SENTENCE = "no critic/: transformers has no sequence classifier that reads the last state for this model\n"
+SENTENCE = "no critic/: transformers has no sequence classifier that computes what this critic does\n"
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
