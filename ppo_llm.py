@@ -2273,7 +2273,7 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
     if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
-        print("no critic/: transformers has no sequence classifier that reads the last state for this model")
+        print("no critic/: transformers has no sequence classifier that computes what this critic does")
         return
     weights = {}
     for name, x in critic.lm.base_model.state_dict().items():
