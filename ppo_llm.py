@@ -1737,6 +1737,8 @@ def find_fault(
                     f" {config.max_response_length} of both")
         if min(tokens) < 0 or max(tokens) >= num_tokens:
             return f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
+        if not torch.as_tensor(logprob).isfinite().all():
+            return f"rollout: response {i} has a log-prob that is not finite"
     return None
 
 

@@ -281,7 +281,9 @@ def run_pytest(folder: Path, files: list[str], log: Path) -> None:
     arguments = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", str(folder)]
     if files == ["test_classic.py"]:
         arguments.append("--noconftest")  # conftest.py imports transformers
-    sys.exit(pytest.main([*arguments, *[f"tests/{name}" for name in files]]))
+    code = pytest.main([*arguments, *[f"tests/{name}" for name in files]])
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def first_failure(script: str, old: str, new: str, groups: list[list[str]]) -> str:
@@ -300,6 +302,8 @@ def first_failure(script: str, old: str, new: str, groups: list[list[str]]) -> s
                 process.kill()
                 process.join()
                 return f"{files[0]}: no end after {SECONDS} s"
+            if process.exitcode < 0:
+                return f"{files[0]}: ended by signal {-process.exitcode}"
             if process.exitcode != 0:
                 output = log.read_text()
                 found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
