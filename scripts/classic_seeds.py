@@ -1,15 +1,16 @@
-"""Runs ppo_classic.py with several seeds and makes the results table of docs/classic.md.
+"""Runs ppo_classic.py with several seeds and makes the results tables of docs/classic.md.
 
-    python scripts/classic_seeds.py                                        # every environment, 10 seeds: hours
-    python scripts/classic_seeds.py --envs CartPole-v1 Acrobot-v1 --seeds 3
-    python scripts/classic_seeds.py --variant no_bootstrap --envs Pendulum-v1      # a row of the ablation table
+    python scripts/classic_seeds.py                                        # every environment, 3 seeds: an hour or two
+    python scripts/classic_seeds.py --envs CartPole-v1 Acrobot-v1 --seeds 10
     python scripts/classic_seeds.py --peer --envs HalfCheetah-v5 Hopper-v5 --seeds 3       # Stable-Baselines3 instead
     python scripts/classic_seeds.py --report_only                          # only the tables, from the CSVs
 
-One row per seed goes to docs/results/classic/ENV[-VARIANT].csv as soon as the seed is done, the learning curve to
-curves/; a seed that has its row is not run again. The score is the mean return of 100 evaluation episodes with frozen
-statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it. The tables are also put into
-docs/classic.md. The peer (pip install stable-baselines3==2.9.2) gets our settings and steps, and no curve.
+One row per seed goes to docs/results/classic/ENV.csv as soon as the seed is done, with the commit that made it, the
+learning curve to curves/; a seed that has its row is not run again. The score is the mean return of 100 evaluation
+episodes with frozen statistics; last_100 is the mean of the last 100 training episodes, as CleanRL reports it. The
+tables are also put into docs/classic.md. The peer (pip install stable-baselines3==2.9.2) gets our settings and steps,
+and no curve. by_hand/ holds the rows that dc3ee96 and earlier commits made, with gradient and Adam written by hand, and
+with two switches that are gone (no_bootstrap, no_mask).
 """
 
 import csv
@@ -30,25 +31,29 @@ sys.path.insert(0, str(ROOT))
 import ppo_classic  # noqa: E402 - it is not installed
 
 RESULTS = ROOT / "docs" / "results" / "classic"
-BARS = {"CartPole-v1": 500, "Acrobot-v1": -80, "MountainCar-v0": -115, "Pendulum-v1": -200, "LunarLander-v3": 200,
-        "HalfCheetah-v5": 1800, "Hopper-v5": 2400, "Walker2d-v5": 2500, "InvertedPendulum-v5": 950, "Swimmer-v5": 110}
-PEER = "-stable-baselines3"  # ends the name of its CSVs
-VARIANTS = {  # flags that are added to the preset
-    "": [],
-    "no_bootstrap": ["--no_bootstrap_truncated"],
-    "no_mask": ["--no_mask_dummy_rows"],
-    "neither": ["--no_bootstrap_truncated", "--no_mask_dummy_rows"],
-    "norm_obs": ["--norm_obs"],
+BY_HAND = RESULTS / "by_hand"
+BARS = {
+    "CartPole-v1": 500,
+    "Acrobot-v1": -80,
+    "MountainCar-v0": -115,
+    "Pendulum-v1": -200,
+    "LunarLander-v3": 200,
+    "HalfCheetah-v5": 1800,
+    "Hopper-v5": 2400,
+    "Walker2d-v5": 2500,
+    "InvertedPendulum-v5": 950,
+    "Swimmer-v5": 110,
 }
+PEER = "-stable-baselines3"  # ends the name of its CSVs
+VARIANTS = ["no_bootstrap", "no_mask", "norm_obs"]  # of the runs in by_hand/
 
 
 @dataclass
 class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
-    seeds: int = 10  # seeds 1 to this
-    variant: str = ""  # "", or a name in VARIANTS
+    seeds: int = 3  # seeds 1 to this
     peer: bool = False  # run Stable-Baselines3's PPO with the same settings (scripts/benchmark_classic.py --what peer)
-    output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV[-VARIANT]/seedN
+    output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV/seedN
     report_only: bool = False  # run nothing
 
 
@@ -58,39 +63,51 @@ def read_rows(path: Path) -> list[dict]:
 
 def run_peer(env_id: str, seed: int) -> dict:
     """Trains and evaluates Stable-Baselines3's PPO once; returns the row of the CSV."""
-    steps = ppo_classic.choose_preset(env_id)[1].total_timesteps
+    steps = ppo_classic.choose_preset(env_id).total_timesteps
     flags = ["--what=peer", f"--env_id={env_id}", f"--seed={seed}", f"--total_timesteps={steps}", "--eval_episodes=100"]
     clock = time.perf_counter()
-    printed = subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "scripts" / "benchmark_classic.py"), *flags],
-                             check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "benchmark_classic.py"), *flags]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(printed.splitlines()[-1])
-    return {"seed": seed, **{name: round(result[name], 3) for name in ("score", "standard_error", "last_100")},
-            "global_step": result["global_step"], "seconds": round(time.perf_counter() - clock, 1),
-            **{name.replace("-", "_"): version(name) for name in ("torch", "gymnasium", "stable-baselines3")},
-            "machine": f"{platform.machine()}, shared",
-            "command": " ".join(["python scripts/benchmark_classic.py", *flags])}
+    row = {"seed": seed}
+    for name in ("score", "standard_error", "last_100"):
+        row[name] = round(result[name], 3)
+    row["global_step"] = result["global_step"]
+    row["seconds"] = round(time.perf_counter() - clock, 1)
+    for name in ("torch", "gymnasium", "stable-baselines3"):
+        row[name.replace("-", "_")] = version(name)
+    row["machine"] = f"{platform.machine()}, shared"
+    row["command"] = " ".join(["python scripts/benchmark_classic.py", *flags])
+    return row
 
 
 def run_seed(env_id: str, seed: int, name: str, config: Config) -> dict:
     """Trains and evaluates once; returns the row of the CSV and writes the learning curve, thinned to 100 points."""
     run_dir = config.output / name / f"seed{seed}"
-    flags = [f"--env_id={env_id}", f"--seed={seed}", *VARIANTS[config.variant]]
+    flags = [f"--env_id={env_id}", f"--seed={seed}"]
     clock = time.perf_counter()
-    subprocess.run([sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags, f"--output_dir={run_dir}"],
-                   check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags, f"--output_dir={run_dir}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((run_dir / "summary.json").read_text())
     curve = read_rows(run_dir / "training_metrics.csv")
-    thinned = [curve[i] for i in np.unique(np.linspace(0, len(curve) - 1, 100).astype(int))]
     (RESULTS / "curves").mkdir(parents=True, exist_ok=True)
     with open(RESULTS / "curves" / f"{name}-seed{seed}.csv", "w") as file:
         file.write("global_step,return_100\n")
-        file.writelines(f"{row['global_step']},{float(row['rollout/return_100']):.2f}\n" for row in thinned)
-    return {"seed": seed, "score": round(summary["last_evaluation"]["eval/score"], 3),
-            "standard_error": round(summary["last_evaluation"]["eval/standard_error"], 3),
-            "last_100": round(float(curve[-1]["rollout/return_100"]), 3), "global_step": summary["global_step"],
-            "seconds": round(time.perf_counter() - clock, 1), "torch": summary["versions"]["torch"],
-            "gymnasium": summary["versions"]["gymnasium"], "machine": f"{platform.machine()}, shared",
-            "command": " ".join(["python ppo_classic.py", *flags])}
+        for i in np.unique(np.linspace(0, len(curve) - 1, 100).astype(int)):
+            file.write(f"{curve[i]['global_step']},{float(curve[i]['rollout/return_100']):.2f}\n")
+    return {
+        "seed": seed,
+        "score": round(summary["last_evaluation"]["eval/score"], 3),
+        "standard_error": round(summary["last_evaluation"]["eval/standard_error"], 3),
+        "last_100": round(float(curve[-1]["rollout/return_100"]), 3),
+        "global_step": summary["global_step"],
+        "seconds": round(time.perf_counter() - clock, 1),
+        "commit": (summary["commit"] or "")[:7],
+        "torch": summary["torch"],
+        "gymnasium": summary["gymnasium"],
+        "machine": f"{platform.machine()}, shared",
+        "command": " ".join(["python ppo_classic.py", *flags]),
+    }
 
 
 def interquartile_mean(x: np.ndarray) -> np.ndarray:
@@ -107,61 +124,80 @@ def bootstrap_interval(x: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def scores(env_id: str, variant: str = "") -> dict[int, float]:
-    rows = read_rows(RESULTS / f"{env_id.replace('/', '-')}{'-' * bool(variant)}{variant}.csv")
-    return {int(row["seed"]): float(row["score"]) for row in rows}
+def scores(path: Path, column: str = "score") -> dict[int, float]:
+    return {int(row["seed"]): float(row[column]) for row in read_rows(path)}
 
 
 def mean_and_deviation(x: np.ndarray) -> str:
     return f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x.mean():.1f}"
 
 
-def table() -> str:
-    """One line per environment: seeds, mean, standard deviation, IQM with its interval, last_100, bar."""
-    lines = ["| environment | seeds | score: mean ± std | IQM [95 % interval] | min, max | last 100 training episodes |"
-             " bar | reached |", "|---|---|---|---|---|---|---|---|"]
-    for env_id, bar in BARS.items():
-        score = np.array(list(scores(env_id).values()))
-        if not len(score):
-            lines.append(f"| {env_id} | 0 | not measured | | | | {bar} | |")
-            continue
-        last = np.mean([float(row["last_100"]) for row in read_rows(RESULTS / f"{env_id}.csv")])
+def result_cells(path: Path) -> list[str]:
+    """Seeds, score, IQM with its interval where there are ten seeds, smallest and largest, last 100 episodes."""
+    score = np.array(list(scores(path).values()))
+    if len(score) == 0:
+        return ["0", "not measured", "", "", ""]
+    iqm = ""
+    if len(score) >= 10:
         low, high = bootstrap_interval(score)
-        lines.append(
-            f"| {env_id} | {len(score)} | {mean_and_deviation(score)} | {interquartile_mean(score):.1f} [{low:.1f},"
-            f" {high:.1f}] | {score.min():.1f}, {score.max():.1f} | {last:.1f} | {bar} |"
-            f" {'yes' if score.mean() >= bar else '**NO**'} |")
+        iqm = f"{interquartile_mean(score):.1f} [{low:.1f}, {high:.1f}]"
+    last = np.mean(list(scores(path, "last_100").values()))
+    return [str(len(score)), mean_and_deviation(score), iqm, f"{score.min():.1f}, {score.max():.1f}", f"{last:.1f}"]
+
+
+def table() -> str:
+    """Two lines per environment: the present file, and the gradient by hand."""
+    lines = [
+        "| environment | made by | seeds | score: mean ± std | IQM [95 % interval] | min, max | last 100 training"
+        " episodes | bar |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for env_id, bar in BARS.items():
+        commits = sorted({row["commit"] for row in read_rows(RESULTS / f"{env_id}.csv")})
+        cells = [env_id, ", ".join(commits), *result_cells(RESULTS / f"{env_id}.csv"), str(bar)]
+        lines.append(f"| {' | '.join(cells)} |")
+        cells = ["", "by hand", *result_cells(BY_HAND / f"{env_id}.csv"), str(bar)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def ablation() -> str:
-    """One line per environment and variant, over the seeds that the variant shares with the file as it is."""
-    lines = ["| environment | variant | seeds | score: mean ± std | as it is, same seeds | difference, seed by seed |",
-             "|---|---|---|---|---|---|"]
+    """One line per environment and variant, over the seeds that the variant shares with the file as it was."""
+    lines = [
+        "| environment | variant | seeds | score: mean ± std | as it was, same seeds | difference, seed by seed |",
+        "|---|---|---|---|---|---|",
+    ]
     for env_id in BARS:
-        for variant in list(VARIANTS)[1:]:
-            whole, changed = scores(env_id), scores(env_id, variant)
+        for variant in VARIANTS:
+            whole = scores(BY_HAND / f"{env_id}.csv")
+            changed = scores(BY_HAND / f"{env_id}-{variant}.csv")
             seeds = sorted(set(whole) & set(changed))
             if seeds:
-                x, y = (np.array([found[seed] for seed in seeds]) for found in (whole, changed))
-                cells = env_id, variant, len(seeds), *map(mean_and_deviation, (y, x, y - x))
-                lines.append(f"| {' | '.join(map(str, cells))} |")
+                x = np.array([whole[seed] for seed in seeds])
+                y = np.array([changed[seed] for seed in seeds])
+                cells = [env_id, variant, str(len(seeds)), *map(mean_and_deviation, (y, x, y - x))]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def peers() -> str:
     """One line per environment that the peer has played, over the seeds that both have."""
-    lines = ["| environment | seeds | ppo_classic.py | Stable-Baselines3 | ppo_classic.py, last 100 |"
-             " Stable-Baselines3, last 100 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| environment | seeds | ppo_classic.py | Stable-Baselines3 | ppo_classic.py, last 100 |"
+        " Stable-Baselines3, last 100 |",
+        "|---|---|---|---|---|---|",
+    ]
     for env_id in BARS:
-        found = [{row["seed"]: row for row in read_rows(RESULTS / f"{env_id}{x}.csv")} for x in ("", PEER)]
-        seeds = sorted(set(found[0]) & set(found[1]))
+        ours = RESULTS / f"{env_id}.csv"
+        theirs = RESULTS / f"{env_id}{PEER}.csv"
+        seeds = sorted(set(scores(ours)) & set(scores(theirs)))
         if seeds:
-            (x, x_last), (y, y_last) = (
-                [np.array([float(rows[seed][name]) for seed in seeds]) for name in ("score", "last_100")]
-                for rows in found)
-            cells = env_id, len(seeds), *map(mean_and_deviation, (x, y, x_last, y_last))
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            cells = [env_id, str(len(seeds))]
+            for column in ("score", "last_100"):
+                for path in (ours, theirs):
+                    found = scores(path, column)
+                    cells.append(mean_and_deviation(np.array([found[seed] for seed in seeds])))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -174,7 +210,9 @@ def insert(path: Path, name: str, text: str) -> None:
 def main(config: Config) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for env_id in () if config.report_only else config.envs:
-        name = f"{env_id.replace('/', '-')}{'-' * bool(config.variant)}{config.variant}{PEER * config.peer}"
+        name = env_id.replace("/", "-")
+        if config.peer:
+            name += PEER
         path = RESULTS / f"{name}.csv"
         for seed in range(1, config.seeds + 1):
             rows = read_rows(path)

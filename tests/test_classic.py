@@ -2,18 +2,25 @@
 
 import csv
 import dataclasses
-import hashlib
+import fcntl
 import json
 import math
 import os
+import pty
+import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 import types
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium as gym
-import matplotlib.figure
+import matplotlib.image
 import numpy as np
 import pytest
 import safetensors.torch
@@ -22,34 +29,49 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import ppo_classic
-from ppo_classic import Agent, Config, Stream, UsageError, collect_rollout, compute_gae, ppo_gradient, update
+from ppo_classic import Agent, Batch, Config, Stream, UsageError, collect_rollout, compute_gae, ppo_loss, update
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = {"next": AutoresetMode.NEXT_STEP, "same": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
-    """Drawing training_curves.png takes longer than these trainings; the script alone draws it."""
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **rest: Path(path).touch())
+ACTIONS = {
+    "discrete": Discrete(5, start=2),
+    "multi": MultiDiscrete([3, 2, 4]),
+    "box": Box(-1, 1, (3,)),
+    "one number": Box(-1, 1, (1,)),
+}
+SPACES = {
+    "vector": Box(-1, 1, (3,)),
+    "matrix": Box(-1, 1, (2, 3), np.float64),
+    "bytes": Box(0, 255, (8,), np.uint8),
+    "small image": Box(0, 255, (8, 8, 3), np.uint8),
+    "discrete": Discrete(4),
+    "dict": Dict(a=Box(-1, 1, (2,)), b=Discrete(3)),
+    "tuple": Tuple((Box(-1, 1, (2,)), MultiBinary(2))),
+    "pixels": Box(0, 255, (36, 40, 3), np.uint8),
+    "channels first": Box(0, 255, (4, 36, 36), np.uint8),
+}
 
 
 class Toy(gym.Env):
-    """Reward 1 per step; the episode ends after `limit` steps, by a time limit or (ends="terminated") for good.
+    """Reward 1 per step, `limit` steps per episode, which end as `ends` says: terminated or truncated.
 
-    sees="one": the observation is always 1. sees="time": it is the number of steps taken: `limit` in the final state.
+    Observations are ones, or the time; `fault` says what breaks in the second step.
     """
 
-    def __init__(self, ends="truncated", sees="one", space=None, actions=None, fault=None, limit=3,
-                 render_mode=None):
+    def __init__(self, ends="truncated", sees="nothing", space=None, actions=None, fault="", limit=3):
         self.observation_space = space or Box(-np.inf, np.inf, (1,), np.float64)
         self.action_space = actions or Discrete(2)
-        self.ends, self.sees, self.fault, self.limit, self.received = ends, sees, fault, limit, []
+        self.ends = ends
+        self.sees = sees
+        self.fault = fault
+        self.limit = limit
+        self.received = []
 
     def observe(self):
         if not isinstance(self.observation_space, Box):
             return self.observation_space.sample()
-        return np.full(self.observation_space.shape, self.t if self.sees == "time" else 1, self.observation_space.dtype)
+        value = self.t if self.sees == "time" else 1
+        return np.full(self.observation_space.shape, value, self.observation_space.dtype)
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -59,7 +81,9 @@ class Toy(gym.Env):
     def step(self, action):
         self.t += 1
         self.received.append(action)
-        obs, reward, ended = self.observe(), 1.0, self.t == self.limit
+        obs = self.observe()
+        reward = 1.0
+        ended = self.t == self.limit
         if self.fault == "raises" and self.t == 2:
             raise RuntimeError("the simulator lost its mind")
         if self.fault == "observation" and self.t == 2:
@@ -69,27 +93,80 @@ class Toy(gym.Env):
         return obs, reward, ended and self.ends == "terminated", ended and self.ends == "truncated", {}
 
 
-def register(name: str, mode: AutoresetMode | None = None, **kwargs) -> str:
+class Target(gym.Env):
+    """One step per episode; the reward is best where the action is `best`, and its distance is that of the interval."""
+
+    observation_space = Box(-1, 1, (1,))
+
+    def __init__(self, actions: Box, best: float):
+        self.action_space = actions
+        self.best = best
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        width = self.action_space.high[0] - self.action_space.low[0]
+        return np.zeros(1, np.float32), -abs(float(action[0]) - self.best) / width, True, False, {}
+
+
+def register(name: str, mode: AutoresetMode | None = None, entry_point=Toy, **kwargs) -> str:
     """An id for Toy(**kwargs); with a mode, one that has a native vector environment of that autoreset mode."""
     env_id = f"{name}-v0"
-    native = mode and (lambda num_envs, **_: SyncVectorEnv([lambda: Toy(**kwargs)] * num_envs, autoreset_mode=mode))
+    native = None
+    if mode:
+
+        def native(num_envs, **_):
+            return SyncVectorEnv([lambda: entry_point(**kwargs)] * num_envs, autoreset_mode=mode)
+
     gym.registry.pop(env_id, None)
-    gym.register(env_id, entry_point=Toy, kwargs=kwargs, vector_entry_point=native, disable_env_checker=True)
+    gym.register(
+        env_id, entry_point=entry_point, kwargs=kwargs, vector_entry_point=native, disable_env_checker=True
+    )
     return env_id
 
 
 def tiny(**changes) -> Config:
-    settings = {"num_envs": 2, "num_steps": 16, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 100,
-                "hidden_size": 16, "eval_episodes": 3, "save_every": 2, "anneal_lr": True, "learning_rate": 1e-3}
+    settings = {
+        "num_envs": 2,
+        "num_steps": 16,
+        "num_minibatches": 2,
+        "update_epochs": 2,
+        "total_timesteps": 100,
+        "hidden_size": 16,
+        "eval_episodes": 3,
+        "save_every": 2,
+        "learning_rate": 1e-3,
+    }
     return Config(**settings | changes)
 
 
 def start(config: Config) -> tuple[Agent, Stream]:
     torch.manual_seed(config.seed)
     envs = ppo_classic.make_envs(config, config.num_envs)
-    stream = Stream(envs, config.env_id)
+    stream = Stream(envs)
     stream.restart(config.seed, ppo_classic.RESET, 0)
-    return Agent(envs, config), stream
+    agent = Agent(envs, config)
+    set_rate(agent, config.learning_rate)
+    return agent, stream
+
+
+def set_rate(agent: Agent, rate: float) -> None:
+    agent.optimizer.param_groups[0]["lr"] = rate
+
+
+def weights(agent: Agent) -> torch.Tensor:
+    return torch.cat([x.detach().flatten() for x in agent.parameters()]).clone()
+
+
+def one_update(agent: Agent, stream: Stream, config: Config, step: int = 0) -> dict:
+    return update(agent, collect_rollout(agent, stream, step, config), step, config.kl_coef, config)
+
+
+def values_of(agent: Agent, obs: list) -> np.ndarray:
+    with torch.no_grad():
+        return agent(agent.observe(np.array(obs)))[1].numpy()
 
 
 def read_log(run_dir: Path, times: bool = False) -> list[dict]:
@@ -97,11 +174,33 @@ def read_log(run_dir: Path, times: bool = False) -> list[dict]:
         return [{k: x for k, x in row.items() if times or not k.startswith("time/")} for row in csv.DictReader(file)]
 
 
+def read_summary(run_dir: Path) -> dict:
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
+
+
 def newest(run_dir: Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(ppo_classic.checkpoints(run_dir)[-1] / "agent.safetensors")
+    tensors = safetensors.torch.load_file(ppo_classic.checkpoints(run_dir)[-1] / "agent.safetensors")
+    return {name: x.clone() for name, x in tensors.items()}  # the file is mapped into memory, and tests damage it
 
 
-# ---- Formulas -------------------------------------------------------------------------------------------------------
+def saved_state(folder: Path) -> dict:
+    with safetensors.safe_open(folder / "agent.safetensors", "pt") as file:
+        return json.loads(file.metadata()["saved"])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run in. No figures: drawing one takes longer than the training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_classic, "draw_curves", lambda run: None)
+    ppo_classic.warn_once.cache_clear()
+    return tmp_path
+
+
+# ---- Formulas -------------------------------------------------------------------------------------------------
 
 
 def test_gae_equals_a_double_loop_over_terminations_and_truncations():
@@ -123,131 +222,185 @@ def test_gae_equals_a_double_loop_over_terminations_and_truncations():
     assert np.allclose(returns, advantages + values)
 
 
-def batch_of(agent: Agent, seed: int = 0, rows: int = 64) -> tuple[np.ndarray, dict]:
-    """Inputs and a mini-batch in which ratios, values and advantages fall on both sides of every clip."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype("f4")
-
-    inputs = normal(rows, agent.layers[0][0][0].shape[1])
-    outputs = agent.forward(inputs)
-    noise = getattr(rng, agent.head.noise)(size=(rows, agent.head.num_outputs)).astype("f4")
-    actions = agent.head.act(outputs[:, :-1], noise)
-    logprobs = agent.head.evaluate(outputs[:, :-1], actions)[0] + 0.5 * normal(rows)
-    batch = {"actions": actions, "logprobs": logprobs, "values": outputs[:, -1] + 0.4 * normal(rows),
-             "returns": normal(rows), "advantages": 2 * normal(rows), "weights": np.abs(normal(rows)) / rows}
-    return inputs, batch
+def batch_of(agent: Agent, seed: int = 0, rows: int = 64) -> Batch:
+    """A mini-batch in which ratios, values and advantages fall on both sides of every clip."""
+    torch.manual_seed(seed)
+    inputs = torch.randn(rows, math.prod(agent.space.shape))
+    with torch.no_grad():
+        outputs, values = agent(inputs)
+        actions = torch.from_numpy(agent.head.sample(outputs.numpy(), np.random.default_rng(seed)))
+        logprobs, _ = agent.head.evaluate(outputs, actions)
+    logprobs = logprobs + 0.5 * torch.randn(rows)
+    old_values = values + 0.4 * torch.randn(rows)
+    return Batch(inputs, actions, logprobs, old_values, 2 * torch.randn(rows), torch.randn(rows))
 
 
-ACTIONS = {"discrete": Discrete(5, start=2), "multi": MultiDiscrete([3, 2, 4]), "box": Box(-1, 1, (3,)),
-           "one number": Box(-1, 1, (1,))}
-
-
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ACTIONS)
-def test_the_written_gradient_is_that_of_autograd_through_the_same_losses(kind, shared):
-    env_id = register("Gradient", space=Box(-1, 1, (6,)), actions=ACTIONS[kind])
-    config = tiny(env_id=env_id, shared_network=shared, dual_clip=1.5, ent_coef=0.03, vf_coef=0.7, max_grad_norm=1e9)
+def test_the_loss_and_its_gradient_are_those_of_the_papers_formulas(kind):
+    env_id = register("Loss", space=Box(-1, 1, (6,)), actions=ACTIONS[kind])
+    config = tiny(env_id=env_id, dual_clip=1.5, ent_coef=0.03, vf_coef=0.7)
     agent, _ = start(config)
     is_gaussian = isinstance(agent.head, ppo_classic.Gaussian)
     if is_gaussian:
-        agent.networks.log_std.data.copy_(torch.tensor([-0.5, 0.1, 0.3][: agent.head.num_outputs]))
-    inputs, batch = batch_of(agent)
-    d_outputs, d_log_std, ratio, terms = ppo_gradient(agent.head, agent.forward(inputs), batch, 0.2, 0.3, config)
-    written = []
-    agent.adam = lambda lr: written.append(agent.weights.grad.clone())
-    agent.step(d_outputs, d_log_std, 0.0)
+        agent.head.log_std.data.copy_(torch.tensor([-0.5, 0.1, 0.3][: agent.head.num_outputs]))
+    batch = batch_of(agent)
+    agent.optimizer.zero_grad()
+    loss, logged = ppo_loss(agent, batch, 0.3, config)
+    loss.backward()
+    found = [x.grad.clone() for x in agent.parameters()]
 
-    t = {name: torch.from_numpy(x) for name, x in batch.items()}
-    outputs = torch.cat([network(torch.from_numpy(inputs)) for network in agent.networks], 1)
+    agent.optimizer.zero_grad()
+    outputs, values = agent(batch.inputs)
     if is_gaussian:
-        policy = torch.distributions.Normal(outputs[:, :-1], agent.networks.log_std.exp())
-        logprobs, entropy = policy.log_prob(t["actions"]).sum(1), policy.entropy().sum(1)
+        policy = torch.distributions.Normal(outputs, agent.head.log_std.exp())
+        logprobs, entropy = policy.log_prob(batch.actions).sum(1), policy.entropy().sum(1)
     else:
         sizes = [5] if kind == "discrete" else [3, 2, 4]
-        parts = [torch.distributions.Categorical(logits=x) for x in outputs[:, :-1].split(sizes, 1)]
-        logprobs = sum(part.log_prob(t["actions"][:, i]) for i, part in enumerate(parts))
+        parts = [torch.distributions.Categorical(logits=x) for x in outputs.split(sizes, 1)]
+        logprobs = sum(part.log_prob(batch.actions[:, i]) for i, part in enumerate(parts))
         entropy = sum(part.entropy() for part in parts)
-    policy_loss, _, clipped, bounded = ppo_classic.clipped_policy_loss(
-        logprobs, t["logprobs"], t["advantages"], 0.2, 0.2, 1.5)
-    value_loss, value_clipped = ppo_classic.clipped_value_loss(outputs[:, -1], t["values"], t["returns"], 0.2)
-    log_ratio = logprobs - t["logprobs"]
-    loss = policy_loss + 0.7 * value_loss - 0.03 * entropy + 0.3 * (log_ratio.exp() - 1 - log_ratio)
-    (loss * t["weights"]).sum().backward()
-    assert min(clipped.sum(), bounded.sum(), value_clipped.sum()) >= 3  # every branch is taken
-    assert agent.weights.grad.abs().max() > 1e-2
-    assert torch.allclose(written[0], agent.weights.grad, atol=2e-7)
-    assert np.allclose(terms[2], entropy.detach(), atol=1e-5)
-    assert np.allclose(ratio, log_ratio.detach().exp(), rtol=1e-5)
+    expected = 0.0
+    advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
+    for i in range(64):
+        ratio, advantage = (logprobs[i] - batch.logprobs[i]).exp(), advantages[i]
+        surrogate = min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        if advantage < 0:
+            surrogate = max(surrogate, 1.5 * advantage)
+        change = (values[i] - batch.values[i]).clamp(-0.2, 0.2)
+        errors = (values[i] - batch.returns[i]) ** 2, (batch.values[i] + change - batch.returns[i]) ** 2
+        kl = ratio - 1 - ratio.log()
+        expected = expected - surrogate + 0.7 * 0.5 * max(errors) - 0.03 * entropy[i] + 0.3 * kl
+    (expected / 64).backward()
+    assert loss.item() == pytest.approx(expected.item() / 64, abs=1e-5)
+    for x, parameter in zip(found, agent.parameters(), strict=True):
+        assert torch.allclose(x, parameter.grad, atol=2e-6)
+    assert max(x.abs().max() for x in found) > 1e-2
+    for name in ("policy/clipfrac", "policy/clipfrac_lower", "value/clipfrac"):
+        assert 3 <= logged[name].sum() <= 61, name  # every branch is taken
+    assert torch.allclose(logged["policy/entropy"], entropy, atol=1e-5)
 
 
-def test_numpy_and_torch_give_the_same_outputs():
-    agent, _ = start(tiny())
-    inputs = np.random.default_rng(0).standard_normal((7, 4)).astype("f4")
-    expected = torch.cat([network(torch.from_numpy(inputs)) for network in agent.networks], 1).detach()
-    assert np.allclose(agent.forward(inputs), expected, atol=1e-6)
-    assert np.allclose(agent.policy(inputs), expected[:, :-1], atol=1e-6)
-    assert np.array_equal(agent.predict(np.tile(inputs, (300, 1)))[-7:], agent.predict(inputs)) or np.allclose(
-        agent.predict(np.tile(inputs, (300, 1)))[-7:], expected, atol=1e-6)
+PAST = {  # options of tests/data/record_classic_past.py
+    "CartPole-v1": {"learning_rate": 1e-3, "kl_coef": 0.1},
+    "Pendulum-v1": {"learning_rate": 1e-3, "gamma": 0.9, "norm_reward": "scale", "norm_obs": True, "ent_coef": 0.0},
+    "Toy-v0": {"learning_rate": 3e-3, "dual_clip": 1.2, "clip_vloss": False, "norm_adv": False},
+}
+PAST_NAMES = {  # parameter: its name at that time
+    "body.0": "0.0",
+    "body.2": "0.2",
+    "policy_layer": "0.4",
+    "value_body.0": "1.0",
+    "value_body.2": "1.2",
+    "value_layer": "1.4",
+    "head.log_std": "log_std",
+}
+
+
+def past_name(name: str) -> str:
+    layer, _, kind = name.rpartition(".")
+    return PAST_NAMES[name] if name in PAST_NAMES else f"{PAST_NAMES[layer]}.{kind}"
+
+
+@pytest.mark.parametrize("env_id", PAST)
+def test_an_update_gives_what_the_gradient_and_adam_written_by_hand_gave(env_id):
+    sizes = {"num_envs": 2, "num_steps": 25, "num_minibatches": 3, "update_epochs": 3, "hidden_size": 8}
+    config = Config(env_id=env_id, **sizes, **PAST[env_id])
+    if env_id == "Toy-v0":
+        register("Toy", space=Box(-1, 1, (3,)), actions=MultiDiscrete([3, 2, 4]))
+    arrays = np.load(ROOT / "tests" / "data" / "classic_past.npz")
+    recorded = {name.split("/", 1)[1]: torch.from_numpy(x) for name, x in arrays.items() if name.startswith(env_id)}
+    ends = recorded["rows"].cumsum(0).tolist()
+    agent, _ = start(config)
+    agent.double()
+    largest, mini_batches = 0.0, 0
+    for step in range(20):
+        for name, parameter in agent.named_parameters():
+            moments = agent.optimizer.state[parameter]
+            parameter.data.copy_(recorded[f"weight/{past_name(name)}"][step].view_as(parameter))
+            moments["exp_avg"] = recorded[f"mean/{past_name(name)}"][step].view_as(parameter).clone()
+            moments["exp_avg_sq"] = recorded[f"square/{past_name(name)}"][step].view_as(parameter).clone()
+            moments["step"] = torch.tensor(float(mini_batches))
+        rows = slice(([0] + ends)[step], ends[step])
+        batch = Batch(*[recorded[f"rollout/{name}"][rows] for name in Batch.__annotations__])
+        metrics = update(agent, batch, step, config.kl_coef, config)
+        mini_batches += 9
+        for name, parameter in agent.named_parameters():
+            after = recorded[f"weight/{past_name(name)}"][step + 1].view_as(parameter)
+            assert not torch.equal(after, recorded[f"weight/{past_name(name)}"][step].view_as(parameter))
+            largest = max(largest, (parameter - after).abs().max().item())
+            moment = recorded[f"square/{past_name(name)}"][step + 1].view_as(parameter)
+            largest = max(largest, (agent.optimizer.state[parameter]["exp_avg_sq"] - moment).abs().max().item())
+        found = [metrics[name] for name in ("policy/loss", "value/loss", "policy/approx_kl")]
+        assert np.allclose(found, recorded["metrics"][step], rtol=1e-7, atol=1e-9)
+    assert largest < 1e-8
+
+
+def test_the_policy_in_numpy_is_that_in_torch():
+    config = tiny(env_id="Pendulum-v1")
+    agent, _ = start(config)
+    obs = np.random.default_rng(0).standard_normal((7, 3)).astype("f4")
+    with torch.no_grad():
+        expected = agent(torch.from_numpy(obs))[0].numpy()
+    assert np.allclose(agent.act(obs, None), expected, atol=1e-6) and np.abs(expected).max() > 1e-4
+    agent.layers = []
+    assert np.allclose(agent.act(obs, None), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ACTIONS)
 def test_sampled_actions_follow_the_log_probs(kind):
-    env_id = register("Sampling", space=Box(-1, 1, (2,)), actions=ACTIONS[kind])
-    agent, _ = start(tiny(env_id=env_id))
+    agent, _ = start(tiny(env_id=register("Sampling", space=Box(-1, 1, (2,)), actions=ACTIONS[kind])))
     rng, rows = np.random.default_rng(0), 40_000
     outputs = np.tile(rng.standard_normal(agent.head.num_outputs).astype("f4"), (rows, 1))
-    noise = getattr(rng, agent.head.noise)(size=outputs.shape).astype("f4")
-    actions = agent.head.act(outputs, noise)
-    logprobs, entropy, _ = agent.head.evaluate(outputs, actions)
-    assert -logprobs.mean() == pytest.approx(entropy[0], abs=0.03)  # E[-log p] is the entropy
+    actions = agent.head.sample(outputs, rng)
+    with torch.no_grad():
+        logprobs, entropy = agent.head.evaluate(torch.from_numpy(outputs), torch.from_numpy(actions))
+    assert -logprobs.mean() == pytest.approx(entropy[0].item(), abs=0.03)  # E[-log p] is the entropy
     if kind == "discrete":
         shares = np.bincount(actions[:, 0], minlength=5) / rows
         assert np.allclose(shares, torch.from_numpy(outputs[0]).softmax(0), atol=0.01)
-    greedy = agent.head.act(outputs[:1], 0.0)
-    assert agent.head.evaluate(outputs[:1], greedy)[0] >= logprobs.max() - 1e-5
+    greedy = torch.from_numpy(agent.head.sample(outputs[:1], None))
+    assert agent.head.evaluate(torch.from_numpy(outputs[:1]), greedy)[0] >= logprobs.max() - 1e-5
 
 
-def test_the_logged_kl_is_of_old_against_new():
-    p, q = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])
-    rng, head = np.random.default_rng(0), ppo_classic.Categorical(Discrete(3))
-    actions = rng.choice(3, 100_000, p=p)[:, None]
-    outputs = np.concatenate([np.tile(np.log(q), (len(actions), 1)), np.zeros((len(actions), 1))], 1).astype("f4")
-    zeros = np.zeros(len(actions), "f4")
-    batch = {"actions": actions, "logprobs": np.log(p)[actions[:, 0]].astype("f4"), "advantages": zeros,
-             "values": zeros, "returns": zeros, "weights": zeros + 1}
-    terms = ppo_gradient(head, outputs, batch, 0.2, 0.0, tiny())[3]
-    assert terms[3].mean() == pytest.approx((p * np.log(p / q)).sum(), abs=0.01)  # KL(q, p) is 0.39
+def test_the_logged_kl_is_of_old_against_new(monkeypatch):
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    config = tiny(env_id=register("Three", actions=Discrete(3)))
+    agent, _ = start(config)
+    torch.manual_seed(0)
+    actions = torch.multinomial(p, 100_000, replacement=True)[:, None]
+    zeros = torch.zeros(len(actions))
+    monkeypatch.setattr(agent, "forward", lambda inputs: (q.log().expand(len(actions), 3), zeros))
+    batch = Batch(zeros[:, None], actions, p.log()[actions[:, 0]], zeros, zeros, zeros)
+    _, logged = ppo_loss(agent, batch, 0.0, config)
+    expected = (p * (p / q).log()).sum().item()  # KL(q, p) is 0.39
+    assert logged["policy/approx_kl"].mean().item() == pytest.approx(expected, abs=0.01)
 
 
-def test_advantages_are_normalised_per_mini_batch_over_the_mask():
-    x = np.random.default_rng(0).standard_normal((3, 8)).astype("f4") * 5 + 2
-    mask = np.ones_like(x)
-    mask[2, 5:], x[2, 5:] = 0, 1e6
-    white = ppo_classic.normalize_rows(x, mask)
-    assert np.allclose(white[0], (x[0] - x[0].mean()) / x[0].std(ddof=1), atol=1e-5)
-    assert np.allclose(white[2, :5], (x[2, :5] - x[2, :5].mean()) / x[2, :5].std(ddof=1), atol=1e-5)
-    assert (white[2, 5:] == 0).all()
+def unclipped_loss(advantages: list, **changes) -> np.ndarray:
+    """The policy loss per row where all ratios are 1: minus the advantages that the loss uses."""
+    agent, _ = start(tiny(**changes))
+    batch = batch_of(agent, rows=len(advantages))
+    batch.logprobs = agent.head.evaluate(agent(batch.inputs)[0], batch.actions)[0].detach()
+    batch.advantages = torch.tensor(advantages)
+    return ppo_loss(agent, batch, 0.0, tiny(**changes))[1]["policy/loss"].detach().numpy()
 
 
-def test_the_gaussian_reads_its_deviation_from_the_weights_wherever_they_lie():
-    agent, _ = start(tiny(env_id=register("Box", actions=Box(-1, 1, (2,)))))
-    agent.head.parameter.data = torch.tensor([1.0, 2.0])  # other memory, as on a GPU
-    assert agent.head.log_std.tolist() == [1.0, 2.0] and agent.head.parameter is agent.networks.log_std
+def test_advantages_are_normalised_per_mini_batch():
+    x = np.array([4.0, -1.0, 2.0, 7.0, 5.0], "f4")
+    assert np.allclose(unclipped_loss(x.tolist()), -(x - x.mean()) / x.std(ddof=1), atol=1e-5)
+    assert np.allclose(unclipped_loss(x.tolist(), norm_adv=False), -x, atol=1e-5)
 
 
 @pytest.mark.parametrize("row", [[3.0] * 8, [1e6] * 8, [0.95] * 7 + [0.0]])
 def test_equal_rewards_give_finite_small_advantages(row):
-    white = ppo_classic.normalize_rows(np.array([row], "f4"), np.ones((1, len(row)), "f4"))
-    assert np.isfinite(white).all() and np.abs(white).max() < 10
-    assert (np.ptp(row) > 0) == (np.abs(white).max() > 0)
+    loss = unclipped_loss(row)
+    assert np.isfinite(loss).all() and np.abs(loss).max() < 10
+    assert (np.ptp(row) > 0) == (np.abs(loss).max() > 0)
 
 
 def test_a_mini_batch_of_one_row_is_finite():
-    agent, stream = start(tiny(num_minibatches=32))
-    rollout = collect_rollout(agent, stream, 0, tiny(num_minibatches=32))
-    metrics = update(agent, rollout, 0, 1e-3, 0.2, 0.0, tiny(num_minibatches=32))
+    config = tiny(num_minibatches=32)
+    metrics = one_update(*start(config), config)
     assert math.isfinite(metrics["policy/loss"]) and metrics["optim/skipped_steps"] == 0
 
 
@@ -262,19 +415,28 @@ def test_the_kl_coefficient_doubles_and_halves_as_in_the_paper():
     assert [ppo_classic.adapt_kl_coef(1.0, kl, 0.01) for kl in (0.0151, 0.0149, 0.0067, 0.0066)] == [2, 1, 1, 0.5]
 
 
-# ---- Autoreset modes: a value that is known in closed form -----------------------------------------------------------
+def test_running_moments_are_those_of_all_rows():
+    rows = np.random.default_rng(0).standard_normal((300, 3)) * [1, 5, 0.1] + [0, 100, -3]
+    moments = torch.tensor([[0.0] * 3, [1.0] * 3, [1e-4] * 3], dtype=torch.float64)
+    for part in np.split(rows, [1, 20, 150]):
+        ppo_classic.update_moments(moments, part)
+    assert np.allclose(moments[0], rows.mean(0), rtol=1e-5) and np.allclose(moments[2], 300, rtol=1e-5)
+    assert np.allclose(moments[1], rows.var(0), rtol=1e-2)
 
 
-def learned_value(mode: str, ends: str, **changes) -> float:
+# ---- Autoreset modes: a value that is known in closed form ----------------------------------------------------
+
+
+def learned_value(mode: str, ends: str) -> float:
     """V of the one state of Toy after TD(0) has converged; gamma 0.9. Endless reward 1 is worth 1 / (1 - 0.9) = 10."""
     env_id = register(f"Value{mode}", MODES[mode], ends=ends)
-    config = tiny(env_id=env_id, num_envs=3, num_steps=32, gamma=0.9, gae_lambda=0.0, clip_vloss=False,
-                  num_minibatches=1, update_epochs=8, norm_adv=False, **changes)
+    sizes = {"num_envs": 3, "num_steps": 32, "num_minibatches": 1, "update_epochs": 8}
+    config = tiny(env_id=env_id, gamma=0.9, gae_lambda=0.0, clip_vloss=False, norm_adv=False, **sizes)
     agent, stream = start(config)
+    set_rate(agent, 3e-3)
     for step in range(120):
-        rollout = collect_rollout(agent, stream, step, config)
-        update(agent, rollout, step, 3e-3, 0.2, 0.0, config)
-    return float(agent.predict(np.ones((1, 1), "f4"))[0, -1])
+        one_update(agent, stream, config, step)
+    return values_of(agent, [[1.0]]).item()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -287,15 +449,6 @@ def test_a_failure_does(mode):  # V = 1 + 0.9 * 2/3 * V: one step in three is th
     assert learned_value(mode, "terminated") == pytest.approx(2.5, rel=0.02)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_counting_a_time_limit_as_a_failure_misses_the_value(mode):
-    assert learned_value(mode, "truncated", bootstrap_truncated=False) == pytest.approx(2.5, rel=0.02)
-
-
-def test_training_on_dummy_rows_misses_the_value():  # V = 3/4 + 0.9 V: one row in four has reward 0 and goes on
-    assert learned_value("next", "truncated", mask_dummy_rows=False) == pytest.approx(7.5, rel=0.02)
-
-
 @pytest.mark.parametrize("ends", ["truncated", "terminated"])
 def test_all_modes_see_the_same_transitions_and_advantages(ends):
     found = {}
@@ -303,100 +456,88 @@ def test_all_modes_see_the_same_transitions_and_advantages(ends):
         env_id = register(f"Same{name}", mode, ends=ends, sees="time")
         config = tiny(env_id=env_id, num_envs=1, num_steps=24, gae_lambda=0.7)
         agent, stream = start(config)
-        r = collect_rollout(agent, stream, 0, config)
-        valid = r.valid[:, 0]
-        assert valid.mean() == (0.75 if name == "next" else 1)
+        batch = collect_rollout(agent, stream, 0, config)
+        assert len(batch.values) == (18 if name == "next" else 24)
         assert [length for _, length in stream.ended] == [3] * (6 if name == "next" else 8)
-        found[name] = [x[:-1][valid][:12, 0] if len(x) == 25 else x[valid][:12, 0] for x in
-                       (r.inputs, r.rewards, r.terminated, r.done, r.values, r.advantages)]
+        found[name] = [x[:12] for x in (batch.inputs, batch.values, batch.advantages, batch.returns)]
     for name in ("same", "disabled"):
         for x, y in zip(found["next"], found[name], strict=True):
-            assert np.allclose(x, y, atol=1e-6), name
+            assert torch.allclose(x, y, atol=1e-6), name
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_truncation_bootstraps_from_the_final_observation_and_no_other(mode):
     env_id = register(f"Final{mode}", MODES[mode], sees="time")
-    config = tiny(env_id=env_id, num_envs=2, gae_lambda=0.0, num_steps=15)
+    config = tiny(env_id=env_id, gae_lambda=0.0, num_steps=15)
     agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
-    final, first = agent.predict(np.array([[3.0], [0.0]], "f4"))[:, -1]
-    assert abs(final - first) > 1e-3
-    assert np.allclose(r.returns[r.done], 1 + config.gamma * final, atol=1e-6) and r.done.sum() >= 6
+    batch = collect_rollout(agent, stream, 0, config)
+    final, first = values_of(agent, [[3.0], [0.0]])
+    last_steps = batch.inputs[:, 0] == 2
+    assert abs(final - first) > 1e-3 and last_steps.sum() >= 6
+    assert np.allclose(batch.returns[last_steps], 1 + config.gamma * final, atol=1e-6)
 
 
-def test_dummy_rows_touch_no_loss_no_statistic_and_no_counter():
+def test_rows_that_are_no_transitions_are_in_no_loss_no_statistic_and_no_counter():
     env_id = register("Dummy", MODES["next"], sees="time")
     config = tiny(env_id=env_id, num_steps=24, norm_obs=True, norm_reward="scale")
     agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
-    assert agent.statistics["obs"].count == pytest.approx(r.valid.sum(), abs=1e-3) and r.valid.sum() == 36
-    assert agent.statistics["obs"].mean == pytest.approx(1, abs=1e-3)  # of 0, 1, 2; the dummy rows show 3
-    assert agent.statistics["returns"].count == pytest.approx(36, abs=1e-3)
-    results = []
-    for poison in (0.0, 1e9):
-        agent, stream = start(config)
-        r = collect_rollout(agent, stream, 0, config)
-        for x in (r.advantages, r.returns, r.values, r.rewards, r.logprobs):
-            x[~r.valid] += poison
-        metrics = update(agent, r, 0, 1e-3, 0.2, 0.0, config)
-        results.append((metrics, agent.weights.detach().clone()))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    batch = collect_rollout(agent, stream, 0, config)
+    mean, _, count = agent.obs_moments[:, 0]
+    assert len(batch.values) == 36 and count == pytest.approx(36, abs=1e-3)
+    assert mean == pytest.approx(1, abs=1e-3)  # of 0, 1, 2; the reset rows show 3
+    assert agent.return_moments[2].item() == pytest.approx(36, abs=1e-3)
 
 
 def test_the_reward_scale_starts_anew_with_every_episode():
     config = tiny(env_id=register("Scale", MODES["same"]), num_envs=1, num_steps=6, gamma=0.5, norm_reward="scale")
     agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
+    config = dataclasses.replace(config, gae_lambda=0.0)
+    batch = collect_rollout(agent, stream, 0, config)
     discounted = np.array([1, 1.5, 1.75] * 2)
-    assert agent.statistics["returns"].var == pytest.approx(discounted.var(), rel=1e-3)
-    assert np.allclose(r.rewards, 1 / discounted.std(), rtol=1e-3)
+    assert agent.return_moments[1].item() == pytest.approx(discounted.var(), rel=1e-3)
+    rewards = batch.returns - 0.5 * values_of(agent, [[1.0]]).item()  # TD(0), and every state looks the same
+    assert np.allclose(rewards, 1 / discounted.std(), rtol=1e-3)
 
 
-# ---- Update ---------------------------------------------------------------------------------------------------------
+# ---- Update ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
 def test_the_first_ratio_is_one(env_id):
-    config = dataclasses.replace(ppo_classic.choose_preset(env_id)[1], num_steps=64, num_envs=4, num_minibatches=4)
+    config = dataclasses.replace(ppo_classic.choose_preset(env_id), num_steps=64, num_envs=4, num_minibatches=4)
     agent, stream = start(config)
     for step in range(3):
-        metrics = update(agent, collect_rollout(agent, stream, step, config), step, 3e-4, 0.2, 0.0, config)
-        assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-5)
+        metrics = one_update(agent, stream, config, step)
+        assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-5) and metrics["policy/ratio"] != 1
 
 
 def test_learning_rate_zero_changes_nothing():
-    agent, stream = start(tiny())
-    before = agent.weights.detach().clone()
-    metrics = update(agent, collect_rollout(agent, stream, 0, tiny()), 0, 0.0, 0.2, 0.0, tiny())
-    assert torch.equal(before, agent.weights) and metrics["policy/approx_kl"] < 1e-8
+    agent, stream = start(tiny(learning_rate=0.0))
+    before = weights(agent)
+    metrics = one_update(agent, stream, tiny())
+    assert torch.equal(before, weights(agent)) and metrics["policy/approx_kl"] < 1e-8
 
 
-def test_every_valid_row_is_used_once_per_epoch_also_when_mini_batches_are_ragged(monkeypatch):
-    config = tiny(num_envs=1, num_steps=10, num_minibatches=4, update_epochs=3)
+@pytest.mark.parametrize(("num_minibatches", "rows", "steps"), [(4, 10, 4), (2, 1, 1), (2, 2, 2), (4, 5, 3), (8, 9, 5)])
+def test_every_row_is_used_once_per_epoch_also_when_mini_batches_are_ragged(monkeypatch, num_minibatches, rows, steps):
+    config = tiny(num_envs=1, num_steps=12, num_minibatches=num_minibatches, update_epochs=3)
     agent, stream = start(config)
-    rollout, seen = collect_rollout(agent, stream, 0, config), []
+    whole = collect_rollout(agent, stream, 0, config)
+    batch = Batch(*[x[:rows] for x in vars(whole).values()])
+    seen = []
 
-    def spy(head, outputs, batch, *rest):
-        seen.append((batch["returns"], batch["weights"]))
-        return ppo_gradient(head, outputs, batch, *rest)
+    def spy(agent, mini_batch, *rest):
+        seen.append(mini_batch.returns)
+        return ppo_loss(agent, mini_batch, *rest)
 
-    monkeypatch.setattr(ppo_classic, "ppo_gradient", spy)
-    metrics = update(agent, rollout, 0, 1e-3, 0.2, 0.0, config)
-    assert len(seen) == metrics["optim/updates"] == 12
+    monkeypatch.setattr(ppo_classic, "ppo_loss", spy)
+    update(agent, batch, 0, 0.0, config)
+    assert len(seen) == 3 * steps and min(map(len, seen)) >= 1
     for epoch in range(3):
-        used = [x for returns, weights in seen[4 * epoch : 4 * epoch + 4] for x in returns[weights > 0]]
-        assert np.allclose(np.sort(used), np.sort(rollout.returns[rollout.valid]).astype("f4"))
-    assert all(weights.sum() == pytest.approx(1) for _, weights in seen)
-
-
-@pytest.mark.parametrize(("num_minibatches", "rows", "steps"), [(2, 1, 1), (2, 2, 2), (4, 5, 3), (8, 9, 5)])
-def test_no_optimizer_step_is_taken_without_rows(num_minibatches, rows, steps):
-    config = tiny(num_envs=1, num_steps=max(2, rows), num_minibatches=num_minibatches, update_epochs=1)
-    agent, stream = start(config)
-    rollout = collect_rollout(agent, stream, 0, config)
-    rollout.valid[:] = np.arange(config.num_steps)[:, None] < rows
-    assert update(agent, rollout, 0, 1e-3, 0.2, 0.0, config)["optim/updates"] == agent.updates == steps
+        used = torch.cat(seen[steps * epoch : steps * (epoch + 1)])
+        assert torch.equal(used.sort().values, batch.returns.sort().values)
+    if rows > 4:
+        assert not torch.equal(torch.cat(seen[:steps]), torch.cat(seen[steps : 2 * steps]))  # another order
 
 
 def test_the_smallest_rollout_trains_where_every_second_step_is_a_reset(here):
@@ -408,62 +549,53 @@ def test_the_smallest_rollout_trains_where_every_second_step_is_a_reset(here):
     assert all(math.isfinite(float(row["policy/loss"])) for row in log)
 
 
-def test_logged_means_are_over_valid_rows():
+def test_logged_means_are_over_all_rows():
     config = tiny(update_epochs=1, num_minibatches=1, norm_adv=False)
     agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
-    metrics = update(agent, r, 0, 1e-3, 0.2, 0.0, config)
-    valid = r.valid
-    assert metrics["policy/loss"] == pytest.approx(-r.advantages[valid].mean(), rel=1e-4)
-    assert metrics["value/loss"] == pytest.approx(0.5 * (r.advantages[valid] ** 2).mean(), rel=1e-4)
-    explained = 1 - (r.returns - r.values)[valid].var() / r.returns[valid].var()
-    assert metrics["value/explained_variance"] == pytest.approx(explained, rel=1e-4)
+    batch = collect_rollout(agent, stream, 0, config)
+    metrics = update(agent, batch, 0, 0.0, config)
+    assert metrics["policy/loss"] == pytest.approx(-batch.advantages.mean().item(), rel=1e-4)
+    assert metrics["value/loss"] == pytest.approx(0.5 * (batch.advantages**2).mean().item(), rel=1e-4)
+    explained = 1 - (batch.returns - batch.values).var() / batch.returns.var()
+    assert metrics["value/explained_variance"] == pytest.approx(explained.item(), rel=1e-4)
 
 
-def test_target_kl_ends_the_update_after_the_epoch_and_counters_are_those_of_real_steps():
-    config = tiny(update_epochs=5, target_kl=1e-9)
+def test_target_kl_ends_the_update_after_the_epoch():
+    config = tiny(update_epochs=5, target_kl=1e-9, learning_rate=1e-2)
     agent, stream = start(config)
-    metrics = update(agent, collect_rollout(agent, stream, 0, config), 0, 1e-2, 0.2, 0.0, config)
-    assert metrics["optim/epochs"] == 1 and metrics["optim/updates"] == agent.updates == 2
-    assert metrics["policy/kl_last"] > 1e-9
-    loose = tiny(update_epochs=5, target_kl=1e9)
-    assert update(agent, collect_rollout(agent, stream, 1, loose), 1, 1e-2, 0.2, 0.0, loose)["optim/updates"] == 12
+    metrics = one_update(agent, stream, config)
+    taken = agent.optimizer.state[agent.policy_layer.bias]["step"]
+    assert metrics["optim/epochs"] == 1 and taken == 2 and metrics["policy/kl_last"] > 1e-9
+    assert one_update(agent, stream, tiny(update_epochs=5, target_kl=1e9), 1)["optim/epochs"] == 5 and taken == 12
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run():
+def test_a_gradient_that_is_not_finite_is_skipped_and_said_and_three_in_a_row_end_the_run(capsys):
     agent, _ = start(tiny())
-    inputs, batch = batch_of(agent)
-    agent.forward(inputs)
-    before, bad = agent.weights.detach().clone(), np.full((64, 3), np.nan, "f4")
-    assert not math.isfinite(agent.step(bad, None, 1e-3))
-    assert torch.equal(before, agent.weights) and (agent.updates, agent.skipped) == (0, 1)
-    agent.step(np.ones((64, 3), "f4"), None, 1e-3)
-    assert torch.isfinite(agent.weights).all() and not torch.equal(before, agent.weights) and agent.updates == 1
-    agent.step(bad, None, 1e-3)
-    agent.step(bad, None, 1e-3)
-    with pytest.raises(UsageError, match="not finite three times"):
-        agent.step(bad, None, 1e-3)
+    parameters = list(agent.parameters())
+
+    def step(factor: float) -> float:
+        return ppo_classic.take_step(agent, factor * agent.policy_layer.weight.square().sum(), parameters, tiny())
+
+    before = weights(agent)
+    assert not math.isfinite(step(math.nan)) and torch.equal(before, weights(agent))
+    assert "not finite" in capsys.readouterr().err
+    assert math.isfinite(step(1.0)) and not torch.equal(before, weights(agent))
+    step(math.inf)
+    step(math.nan)
+    with pytest.raises(UsageError, match="three gradients in a row are not finite"):
+        step(math.nan)
+    assert torch.isfinite(weights(agent)).all()
 
 
-def test_adam_is_that_of_torch():
+def test_the_gradient_norm_is_clipped(monkeypatch):
     agent, _ = start(tiny())
-    weights = torch.nn.Parameter(agent.weights.clone())
-    optimizer = torch.optim.Adam([weights], eps=1e-5)
-    for agent.updates in range(1, 30):
-        gradient = torch.randn(len(weights)) * 10.0 ** torch.randint(-6, 1, (len(weights),))
-        agent.weights.grad.copy_(gradient)
-        agent.adam(lr=1e-3 / agent.updates)
-        weights.grad, optimizer.param_groups[0]["lr"] = gradient, 1e-3 / agent.updates
-        optimizer.step()
-    assert torch.allclose(agent.weights, weights, atol=1e-7) and not torch.equal(agent.weights[:9], torch.zeros(9))
-
-
-def test_the_gradient_norm_is_clipped():
-    agent, _ = start(tiny(max_grad_norm=0.25))
     norms = []
-    agent.adam = lambda lr: norms.append(agent.weights.grad.norm().item())
-    agent.forward(np.ones((8, 4), "f4"))
-    assert agent.step(np.full((8, 3), 100, "f4"), None, 1e-3) > 10
+    monkeypatch.setattr(
+        agent.optimizer, "step", lambda: norms.append(torch.cat([x.grad.flatten() for x in parameters]).norm().item())
+    )
+    parameters = [agent.policy_layer.weight, agent.value_layer.weight]
+    loss = 1e3 * sum(x.sum() for x in parameters)
+    assert ppo_classic.take_step(agent, loss, parameters, tiny(max_grad_norm=0.25)) > 10
     assert norms[0] == pytest.approx(0.25, rel=1e-4)
 
 
@@ -471,34 +603,14 @@ def test_the_penalty_keeps_the_policy_close():
     kl = {}
     for coefficient in (0.0, 30.0):
         config = tiny(kl_coef=coefficient, update_epochs=10, num_steps=64, ent_coef=0.0, clip_coef=10.0)
-        agent, stream = start(config)
+        agent, stream = start(dataclasses.replace(config, learning_rate=1e-2))
         for step in range(3):
-            metrics = update(agent, collect_rollout(agent, stream, step, config), step, 1e-2, 10.0, coefficient, config)
+            metrics = one_update(agent, stream, config, step)
         kl[coefficient] = metrics["policy/kl_last"]
     assert kl[30.0] < 0.3 * kl[0.0]
 
 
-def test_recomputed_advantages_come_from_the_values_of_the_moment():
-    config = tiny(recompute_advantages=True, update_epochs=3)
-    agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
-    before = r.advantages.copy()
-    update(agent, r, 0, 1e-2, 0.2, 0.0, config)
-    assert not np.allclose(before, r.advantages)
-    plain = tiny(update_epochs=3)
-    agent, stream = start(plain)
-    r = collect_rollout(agent, stream, 0, plain)
-    before = r.advantages.copy()
-    update(agent, r, 0, 1e-2, 0.2, 0.0, plain)
-    assert np.array_equal(before, r.advantages)
-
-
-# ---- Spaces and presets ----------------------------------------------------------------------------------------------
-
-
-SPACES = {"vector": Box(-1, 1, (3,)), "matrix": Box(-1, 1, (2, 3), np.float64), "discrete": Discrete(4),
-          "dict": Dict(a=Box(-1, 1, (2,)), b=Discrete(3)), "tuple": Tuple((Box(-1, 1, (2,)), MultiBinary(2))),
-          "pixels": Box(0, 255, (36, 40, 3), np.uint8), "channels first": Box(0, 255, (4, 36, 36), np.uint8)}
+# ---- Spaces and presets ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -507,11 +619,25 @@ def test_observation_and_action_spaces_train(space, kind):
     env_id = register("Spaces", space=SPACES[space], actions=ACTIONS[kind])
     config = tiny(env_id=env_id, norm_obs=True)
     agent, stream = start(config)
-    before = agent.weights.detach().clone()
+    before = weights(agent)
     for step in range(2):
-        metrics = update(agent, collect_rollout(agent, stream, step, config), step, 1e-3, 0.2, 0.0, config)
-    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-4) and not torch.equal(before, agent.weights)
-    assert agent.image == ("pixels" in space or "channels" in space)
+        metrics = one_update(agent, stream, config, step)
+    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-4) and not torch.equal(before, weights(agent))
+    assert agent.is_image == (space in ("pixels", "channels first"))
+
+
+def test_bytes_are_divided_by_255_in_a_vector_in_pixels_and_inside_of_a_dict(capsys):
+    ppo_classic.warn_once.cache_clear()
+    agent, _ = start(tiny(env_id=register("Bytes", space=SPACES["bytes"])))
+    assert agent.observe(np.full((1, 8), 255, np.uint8)).max() == 1
+    agent, stream = start(tiny(env_id=register("Pixels", space=SPACES["pixels"])))
+    white = torch.full((1, 3, 36, 40), 255, dtype=torch.uint8)
+    assert torch.allclose(agent(white)[1], agent.value_layer(agent.body(torch.ones(1, 3, 36, 40)))[:, 0])
+    inner = Dict(a=Box(0, 255, (40, 40, 3), np.uint8), b=Tuple((Box(0, 200, (2,)), Discrete(3))))
+    _, stream = start(tiny(env_id=register("Mixed", space=inner)))
+    pixels, numbers = stream.obs[:, :4800], stream.obs[:, 4800:4802]
+    assert 0.9 < pixels.max() <= 1 and numbers.max() > 1.5 and stream.obs[:, 4802:].max() == 1
+    assert capsys.readouterr().err.count("is flattened") == 1
 
 
 def test_multi_discrete_actions_reach_the_environment():
@@ -526,14 +652,40 @@ def test_box_actions_are_clipped_for_the_environment_and_stored_unclipped():
     env_id = register("Clip", actions=Box(np.float32([-0.5, 0.0]), np.float32([0.5, 7.0])))
     config = tiny(env_id=env_id, num_steps=64)
     agent, stream = start(config)
-    r = collect_rollout(agent, stream, 0, config)
+    batch = collect_rollout(agent, stream, 0, config)
     received = np.array([a for env in stream.envs.envs for a in env.unwrapped.received])
     assert received.dtype == np.float32
     assert received[:, 0].min() == -0.5 and received[:, 0].max() == 0.5 and received[:, 1].min() == 0
-    assert r.actions[..., 0].max() > 1 and r.actions[..., 1].min() < -0.5
-    mean = agent.policy(r.inputs[5])
-    expected = torch.distributions.Normal(torch.from_numpy(mean), 1.0).log_prob(torch.from_numpy(r.actions[5])).sum(1)
-    assert np.allclose(r.logprobs[5], expected, atol=1e-5)
+    assert batch.actions[:, 0].max() > 1 and batch.actions[:, 1].min() < -0.5
+    with torch.no_grad():
+        mean, _ = agent(batch.inputs)
+    expected = torch.distributions.Normal(mean, 1.0).log_prob(batch.actions).sum(1)
+    assert torch.allclose(batch.logprobs, expected, atol=1e-5)
+
+
+FAR = Box(np.float32([0, -1, 5, -np.inf, -3e38]), np.float32([1000, 1, 6, np.inf, 3e38]))
+
+
+def test_actions_are_scaled_where_the_bounds_are_far_off_and_nowhere_else(capsys):
+    head = ppo_classic.Gaussian(FAR)
+    assert "2 components" in capsys.readouterr().out
+    assert np.allclose(head.to_env(np.full((1, 5), -1.0)), [[0, -1, 5, -1, -1]])
+    assert np.allclose(head.to_env(np.full((1, 5), 0.5)), [[750, 0.5, 5.75, 0.5, 0.5]])
+    assert np.allclose(head.to_env(np.full((1, 5), 2.0)), [[1000, 1, 6, 2, 2]])
+    for env_id in ("Pendulum-v1", "MountainCarContinuous-v0"):
+        space = gym.make(env_id).action_space
+        assert np.array_equal(ppo_classic.Gaussian(space).to_env(space.high[None]), space.high[None])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_far_off_best_action_is_found():
+    env_id = register("Far", entry_point=Target, actions=Box(0, 1000, (1,)), best=700.0)
+    sizes = {"num_envs": 8, "num_steps": 64, "num_minibatches": 4, "update_epochs": 4}
+    config = tiny(env_id=env_id, learning_rate=1e-2, ent_coef=0.0, **sizes)
+    agent, stream = start(config)
+    for step in range(60):
+        one_update(agent, stream, config, step)
+    assert agent.head.to_env(agent.act(np.zeros((1, 1)), None)).item() == pytest.approx(700, abs=40)
 
 
 @pytest.mark.parametrize("space", [MultiBinary(3), Tuple((Discrete(2), Discrete(2)))])
@@ -547,18 +699,28 @@ def test_an_observation_space_that_is_not_supported_is_refused_by_name():
         start(tiny(env_id=register("Refused", space=gym.spaces.Sequence(Discrete(3)))))
 
 
-@pytest.mark.parametrize(("env_id", "name"), [
-    ("CartPole-v1", "discrete"), ("MountainCarContinuous-v0", "box"), ("Pendulum-v1", "Pendulum"),
-    ("MountainCar-v0", "MountainCar"), ("Acrobot-v1", "Acrobot")])
+def preset_of(env_id: str) -> dict:
+    defaults = vars(Config())
+    return {name: x for name, x in vars(ppo_classic.choose_preset(env_id)).items() if x != defaults[name]}
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name"),
+    [
+        ("MountainCarContinuous-v0", "box"),
+        ("Pendulum-v1", "Pendulum"),
+        ("MountainCar-v0", "MountainCar"),
+        ("Acrobot-v1", "Acrobot"),
+    ],
+)
 def test_presets_follow_from_the_environment(env_id, name):
-    found, config = ppo_classic.choose_preset(env_id)
-    assert found == name and config.env_id == env_id
-    ppo_classic.check_config(config)
+    expected = {option: x for option, x in ppo_classic.PRESETS[name].items() if x != getattr(Config(), option)}
+    assert preset_of(env_id) == {"env_id": env_id, **expected} and len(expected) > 3
 
 
-def test_pixels_have_their_preset():
-    found, config = ppo_classic.choose_preset(register("Pixels", space=SPACES["pixels"]))
-    assert found == "pixels" and config.norm_reward == "sign" and config.clip_coef == 0.1
+def test_pixels_have_their_preset_and_small_images_have_not():
+    assert preset_of(register("Pixels", space=SPACES["pixels"]))["norm_reward"] == "sign"
+    assert "norm_reward" not in preset_of(register("Small", space=SPACES["small image"]))
 
 
 @pytest.mark.parametrize("preset", ppo_classic.PRESETS)
@@ -567,11 +729,11 @@ def test_every_preset_names_options_that_exist_and_work(preset):
 
 
 def test_native_vector_environments_are_used_where_they_exist():
-    with ppo_classic.closing(ppo_classic.make_envs(Config(), 2)) as envs:
+    with closing(ppo_classic.make_envs(Config(), 2)) as envs:
         assert type(envs).__name__ == "CartPoleVectorEnv"
-    with ppo_classic.closing(ppo_classic.make_envs(Config(vectorization="sync"), 2)) as envs:
+    with closing(ppo_classic.make_envs(Config(vectorization="sync"), 2)) as envs:
         assert isinstance(envs, SyncVectorEnv)
-    with ppo_classic.closing(ppo_classic.make_envs(Config(env_id="Acrobot-v1"), 2)) as envs:
+    with closing(ppo_classic.make_envs(Config(env_id="Acrobot-v1"), 2)) as envs:
         assert isinstance(envs, SyncVectorEnv)
 
 
@@ -584,25 +746,33 @@ def test_environments_get_different_seeds_and_the_same_seed_the_same_set():
     assert np.array_equal(observations(1), observations(1)) and not np.isin(observations(2), observations(1)).any()
 
 
-def test_atari_takes_two_updates():
-    pytest.importorskip("ale_py", reason="ale-py is not installed")
-    name, config = ppo_classic.choose_preset("ALE/Breakout-v5")
-    assert name == "pixels"
+def test_environments_of_a_module_are_found(here, monkeypatch):
+    source = "import gymnasium\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+    source += "gymnasium.register('Mine-v0', entry_point=CartPoleEnv, max_episode_steps=20)\n"
+    (here / "my_own_module.py").write_text(source)
+    monkeypatch.syspath_prepend(here)
+    evaluation = ppo_classic.main(tiny(env_id="my_own_module:Mine-v0", output_dir="run"))
+    assert 5 < evaluation["eval/score"] <= 20
+    with pytest.raises(UsageError, match="no_such_module"):
+        ppo_classic.choose_preset("no_such_module:Mine-v0")
+
+
+def test_atari_takes_two_updates_through_its_native_vector_environment():
+    pytest.importorskip("ale_py", reason="ale-py is not installed: pip install ale-py")
+    config = ppo_classic.choose_preset("ALE/Breakout-v5")
+    assert config.norm_reward == "sign"
     config = dataclasses.replace(config, num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1)
     agent, stream = start(config)
-    assert stream.obs.shape == (2, 4, 84, 84) and stream.mode == AutoresetMode.NEXT_STEP
+    assert agent.is_image and stream.obs.shape == (2, 4, 84, 84) and stream.mode == AutoresetMode.NEXT_STEP
+    before = weights(agent)
     for step in range(2):
-        metrics = update(agent, collect_rollout(agent, stream, step, config), step, 1e-3, 0.1, 0.0, config)
-    assert agent.updates == 4 and math.isfinite(metrics["value/loss"])
+        metrics = one_update(agent, stream, config, step)
+    print(f"Breakout: {metrics}")
+    assert not torch.equal(before, weights(agent)) and math.isfinite(metrics["value/loss"])
+    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-4)
 
 
-# ---- Runs: learning, artifacts, resume -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+# ---- Runs: learning, artifacts, resume ------------------------------------------------------------------------
 
 
 def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(here):
@@ -613,28 +783,53 @@ def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(here):
     assert all(torch.equal(x, newest(here / "b")[name]) for name, x in newest(here / "a").items())
 
 
+def die_at(monkeypatch, calls: list, count: int, how=KeyboardInterrupt) -> None:
+    """Makes the rollout number `count` raise; calls gets the steps of all rollouts."""
+    real = ppo_classic.collect_rollout
+
+    def dies(agent, stream, step, c):
+        calls.append(step)
+        if len(calls) == count:
+            raise how
+        return real(agent, stream, step, c)
+
+    monkeypatch.setattr(ppo_classic, "collect_rollout", dies)
+
+
 @pytest.mark.parametrize(("env_id", "stop"), [("CartPole-v1", 2), ("Pendulum-v1", 3)])
 def test_a_resumed_run_equals_a_straight_one_bitwise(here, monkeypatch, env_id, stop):
     config = tiny(env_id=env_id, norm_obs=True, norm_reward="scale", total_timesteps=190, kl_coef=0.1, kl_target=0.01)
     straight = ppo_classic.main(dataclasses.replace(config, output_dir="straight"))
-    real, calls = ppo_classic.collect_rollout, []
-
-    def dies(agent, stream, step, c):
-        calls.append(step)
-        if len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        return real(agent, stream, step, c)
-
-    monkeypatch.setattr(ppo_classic, "collect_rollout", dies)
-    with pytest.raises(KeyboardInterrupt):
+    calls = []
+    die_at(monkeypatch, calls, stop + 1)
+    with pytest.raises(KeyboardInterrupt):  # as if killed: it saves nothing
         ppo_classic.main(dataclasses.replace(config, output_dir="broken"))
-    assert json.loads((here / "broken" / "summary.json").read_text())["status"] == "running"
     resumed = ppo_classic.main(dataclasses.replace(config, output_dir="broken"))
     assert calls[stop + 1] == 2  # the newest checkpoint is that of step 2
     assert read_log(here / "broken") == read_log(here / "straight") and resumed == straight
     assert [int(row["step"]) for row in read_log(here / "broken")] == list(range(1, len(read_log(here / "broken")) + 1))
     for name, x in newest(here / "straight").items():
         assert torch.equal(x, newest(here / "broken")[name]), name
+
+
+@pytest.mark.slow
+def test_kill_minus_9_at_any_moment_and_the_same_command_again_equal_a_straight_run(here):
+    flags = "--env_id Pendulum-v1 --num_steps 64 --num_envs 2 --total_timesteps 6000 --save_every 3 --eval_episodes 2"
+    flags += " --num_minibatches 2 --update_epochs 3"
+    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags.split(), "--output_dir"]
+    subprocess.run([*command, "straight"], check=True, capture_output=True)
+    for moment in (0.2, 0.9, 0.5):
+        log = here / "killed" / "training_metrics.csv"
+        before = log.read_text() if log.exists() else ""
+        process = subprocess.Popen([*command, "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not log.exists() or log.read_text() == before):
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+    subprocess.run([*command, "killed"], check=True, capture_output=True)
+    assert read_log(here / "killed") == read_log(here / "straight") and len(read_log(here / "killed")) == 47
+    assert all(torch.equal(x, newest(here / "killed")[name]) for name, x in newest(here / "straight").items())
 
 
 def test_a_finished_run_is_not_repeated_and_nothing_is_deleted(here):
@@ -644,25 +839,39 @@ def test_a_finished_run_is_not_repeated_and_nothing_is_deleted(here):
     assert read_log(here / "run", times=True) == before
 
 
-def test_the_total_is_the_total_and_a_longer_one_is_planned_anew_with_a_warning(here, capsys):
+def test_a_checkpoint_is_evaluated_without_training(here):
+    first = ppo_classic.main(tiny(output_dir="run"))
+    assert ppo_classic.main(tiny(output_dir="run", total_timesteps=0)) == first
+    assert len(read_log(here / "run")) == 4
+
+
+def test_changed_settings_are_said_and_kept_in_the_summary(here, capsys):
     ppo_classic.main(tiny(output_dir="run"))
-    ppo_classic.main(tiny(output_dir="run", total_timesteps=256))
-    assert "total_timesteps 100 -> 256" in capsys.readouterr().err
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=256, gamma=0.5))
+    assert "total_timesteps 100 -> 256, gamma 0.99 -> 0.5" in capsys.readouterr().err
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=256, gamma=0.5))
+    assert capsys.readouterr().err == ""
+    history = read_summary(here / "run")["history"]
+    assert history == [{"step": 4, "changes": ["total_timesteps 100 -> 256", "gamma 0.99 -> 0.5"]}]
     rows = read_log(here / "run")
     assert 256 <= int(rows[-1]["global_step"]) < 256 + 32
     assert float(rows[4]["optim/lr"]) > float(rows[3]["optim/lr"])  # 1/2 of the new plan is left, of the old one 1/4
 
 
-def test_rates_fall_linearly_with_the_transitions(here):
-    ppo_classic.main(tiny(output_dir="run", anneal_clip=True, total_timesteps=320))
+def test_the_learning_rate_falls_linearly_with_the_transitions(here):
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=320))
     rows = read_log(here / "run")
-    assert float(rows[0]["optim/lr"]) == 1e-3 and float(rows[0]["optim/clip"]) == 0.2
+    assert float(rows[0]["optim/lr"]) == 1e-3
     for before, row in zip(rows, rows[1:], strict=False):
-        left = 1 - int(before["global_step"]) / 320
-        assert float(row["optim/lr"]) == pytest.approx(1e-3 * left)
-        assert float(row["optim/clip"]) == pytest.approx(0.2 * left)
+        assert float(row["optim/lr"]) == pytest.approx(1e-3 * (1 - int(before["global_step"]) / 320))
     ppo_classic.main(tiny(output_dir="constant", anneal_lr=False))
     assert {row["optim/lr"] for row in read_log(here / "constant")} == {"0.001"}
+
+
+def test_the_learning_rate_in_the_log_is_that_of_adam(here):
+    ppo_classic.main(tiny(output_dir="still", learning_rate=0.0))
+    assert {row["policy/ratio_first"] for row in read_log(here / "still")} != set()
+    assert max(float(row["policy/approx_kl"]) for row in read_log(here / "still")) < 1e-8
 
 
 def test_the_last_step_is_saved_once_and_two_checkpoints_are_kept(here):
@@ -671,40 +880,40 @@ def test_the_last_step_is_saved_once_and_two_checkpoints_are_kept(here):
     assert steps == [4, 5] and len(read_log(here / "run")) == 5
 
 
-def test_a_run_leaves_the_artifacts(here):
+def test_a_run_leaves_the_artifacts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     evaluation = ppo_classic.main(tiny(seed=3))
-    run_dir = (here / "output" / "ppo_metrics").resolve()
+    run_dir = (tmp_path / "output" / "ppo_metrics").resolve()
     assert run_dir.name.startswith("ppo_classic-CartPole-v1-seed3-")
-    assert {path.name for path in run_dir.iterdir()} == {
-        "summary.json", "training_curves.png", "training_metrics.csv", "checkpoints"}
-
-    def refuse(constant):
-        raise ValueError(constant)
-
-    summary = json.loads((run_dir / "summary.json").read_text(), parse_constant=refuse)
-    assert summary["status"] == "finished" and summary["last_evaluation"] == evaluation
-    assert summary["config"] == dataclasses.asdict(tiny(seed=3)) and str(run_dir.name) in summary["resume_command"]
+    names = {"summary.json", "training_curves.png", "training_metrics.csv", "checkpoints", ".lock"}
+    assert {path.name for path in run_dir.iterdir()} == names
+    summary = read_summary(run_dir)
+    assert summary["status"] == "finished" and summary["reason"] == "" and summary["last_evaluation"] == evaluation
+    assert summary["config"] == dataclasses.asdict(tiny(seed=3))
+    assert summary["resume_command"].startswith("python ") and run_dir.name in summary["resume_command"]
     assert summary["global_step"] == int(read_log(run_dir)[-1]["global_step"]) >= 100
-    assert summary["resume_command"].startswith("python ")
+    assert {"python", "torch", "gymnasium"} <= set(summary) and summary["seconds"] > 0
+    assert re.fullmatch("[0-9a-f]{40}", summary["commit"] or "0" * 40) and "CPUs" in summary["machine"]
+    picture = matplotlib.image.imread(run_dir / "training_curves.png")
+    assert picture.shape[0] > 500 and picture.std() > 0.05
 
 
 def test_statistics_are_frozen_in_evaluation_and_come_back_with_the_checkpoint(here):
     config = tiny(env_id="Pendulum-v1", norm_obs=True, norm_reward="scale", output_dir="run", eval_episodes=4)
     trained = ppo_classic.main(config)
     before = newest(here / "run")
-    assert before["obs.count"] > 100 and before["obs.mean"].abs().max() > 0.01 and before["returns.var"] != 1
-    assert ppo_classic.main(dataclasses.replace(config, eval_only=True)) == trained  # to the last bit
-    path = ppo_classic.checkpoints(here / "run")[-1]
-    assert ppo_classic.main(dataclasses.replace(config, eval_only=True, output_dir=None, resume=str(path))) == trained
-    assert all(torch.equal(x, newest(here / "run")[name]) for name, x in before.items())
-    agent, _ = start(config)
-    ppo_classic.load_checkpoint(path, agent, config)
-    learned = ppo_classic.evaluate(agent, config, 4)
-    agent.statistics["obs"].mean[:], agent.statistics["obs"].var[:] = 0, 1  # what a lost normaliser would be
-    assert learned == trained and ppo_classic.evaluate(agent, config, 4) != learned
+    assert before["obs_moments"][2].min() > 100 and before["obs_moments"][0].abs().max() > 0.01
+    assert before["return_moments"][1] != 1
+    agent, _ = start(dataclasses.replace(config, seed=9))
+    with closing(ppo_classic.Run(config)) as run:
+        ppo_classic.load_checkpoint(run, agent)
+    learned = ppo_classic.evaluate(agent, config)
+    assert all(torch.equal(x, before[name]) for name, x in agent.state_dict().items())
+    agent.obs_moments[:2] = torch.tensor([[0.0], [1.0]])  # what a lost normaliser would be
+    assert learned == trained and ppo_classic.evaluate(agent, config) != learned
 
 
-def test_evaluation_gives_every_environment_its_share(monkeypatch):
+def test_evaluation_gives_every_environment_its_share():
     class Counter(Toy):
         made = 0
 
@@ -718,117 +927,259 @@ def test_evaluation_gives_every_environment_its_share(monkeypatch):
             self.t += 1
             return self.observe(), 1.0, self.t >= self.length, False, {}
 
-    gym.registry.pop("Share-v0", None)
-    gym.register("Share-v0", entry_point=Counter, disable_env_checker=True)
     agent, _ = start(tiny(env_id=register("Evaluation")))
-    Counter.made = 0
-    result = ppo_classic.evaluate(agent, tiny(env_id="Share-v0"), 40)  # environment i plays two episodes of length i
+    env_id = register("Share", entry_point=Counter)
+    result = ppo_classic.evaluate(agent, tiny(env_id=env_id, eval_episodes=40))  # number i plays two of length i
     assert result["eval/score"] == pytest.approx(np.mean(np.arange(1, 21)))
-    error = np.std(np.repeat(np.arange(1, 21), 2), ddof=1) / math.sqrt(40)
+    error = np.std(np.repeat(np.arange(1, 21), 2)) / math.sqrt(40)
     assert result["eval/standard_error"] == pytest.approx(error)
+
+
+def test_an_evaluation_that_would_never_end_ends_and_says_so(capsys):
+    ppo_classic.warn_once.cache_clear()
+    config = tiny(env_id=register("Endless", limit=-1), eval_max_steps=50)
+    agent, _ = start(config)
+    assert ppo_classic.evaluate(agent, config) == {"eval/score": 50, "eval/standard_error": 0}
+    assert capsys.readouterr().err.count("did not end in 50 steps") == 1
 
 
 @pytest.mark.slow
 def test_cartpole_is_learned(here):
-    config = dataclasses.replace(Config(), total_timesteps=60_000, num_envs=8, num_steps=64, learning_rate=1e-3,
-                                 norm_reward="scale", eval_episodes=20, output_dir="run")
+    sizes = {"num_envs": 8, "num_steps": 64, "total_timesteps": 60_000}
+    config = Config(learning_rate=1e-3, norm_reward="scale", eval_episodes=20, output_dir="run", **sizes)
     assert ppo_classic.main(config)["eval/score"] > 400
 
 
-# ---- Faults ---------------------------------------------------------------------------------------------------------
+# ---- Guard rails ----------------------------------------------------------------------------------------------
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(here, monkeypatch):
     real = ppo_classic.save_file
+    written = []
 
-    def fails(tensors, path, metadata):
-        if json.loads(metadata["saved"])["state"]["step"] == 4:
+    def fails(tensors, path):
+        written.append(path)
+        if len(written) == 2:
             Path(path).write_bytes(b"half of i")
             raise OSError(28, "No space left on device")
-        return real(tensors, path, metadata)
+        return real(tensors, path)
 
     monkeypatch.setattr(ppo_classic, "save_file", fails)
     with pytest.raises(OSError, match="No space"):
         ppo_classic.main(tiny(output_dir="run"))
-    monkeypatch.undo()
-    os.chdir(here)
+    assert read_summary(here / "run")["status"] == "failed" and "No space" in read_summary(here / "run")["reason"]
+    monkeypatch.setattr(ppo_classic, "save_file", real)
     assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_2"]
     ppo_classic.main(tiny(output_dir="run"))
     assert [int(row["step"]) for row in read_log(here / "run")] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("where", [0.02, 0.5, 0.999])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_or_refused_when_named(here, capsys, where):
+@pytest.mark.parametrize("damage", ["flipped in the header", "flipped", "cut", "no hashes", "other state", "empty"])
+def test_the_newest_whole_checkpoint_is_used_and_a_damaged_one_is_said_and_kept(here, capsys, damage):
     ppo_classic.main(tiny(output_dir="run"))
-    older, newer = ppo_classic.checkpoints(here / "run")
+    straight = newest(here / "run")
+    _, newer = ppo_classic.checkpoints(here / "run")
     data = bytearray((newer / "agent.safetensors").read_bytes())
-    data[int(where * len(data))] ^= 1
+    if damage == "flipped in the header":
+        data[20] ^= 1
+    if damage == "flipped":
+        data[-9] ^= 1
+    if damage == "cut":
+        data = data[:-100]
     (newer / "agent.safetensors").write_bytes(data)
-    with pytest.raises(UsageError, match="damaged"):
-        ppo_classic.main(tiny(output_dir="other", resume=str(newer)))
+    if damage == "no hashes":
+        (newer / "hashes.json").unlink()
+    if damage == "other state":
+        (newer / "state.json").write_text((newer / "state.json").read_text().replace('"step": 4', '"step": 3'))
+    if damage == "empty":
+        shutil.rmtree(newer)
+        newer.mkdir()
     ppo_classic.main(tiny(output_dir="run"))
-    assert "step_4 is no checkpoint, or damaged" in capsys.readouterr().err
+    assert "step_4 is damaged" in capsys.readouterr().err
     assert [int(row["step"]) for row in read_log(here / "run")] == [1, 2, 3, 4]
-    assert ppo_classic.read_checkpoint(newer)[1]["state"]["step"] == 4  # made again
+    assert all(torch.equal(x, newest(here / "run")[name]) for name, x in straight.items())  # made again
+    assert newer.with_name("step_4.old").is_dir()
 
 
-def test_a_truncated_checkpoint_and_an_empty_folder_are_damaged_too(here):
+def test_a_folder_begun_anew_keeps_the_old_files_and_says_so(here, capsys):
     ppo_classic.main(tiny(output_dir="run"))
-    older, newer = ppo_classic.checkpoints(here / "run")
-    (older / "agent.safetensors").write_bytes((newer / "agent.safetensors").read_bytes()[:-100])
-    shutil.rmtree(newer)
-    newer.mkdir()
-    for folder in (older, newer):
-        with pytest.raises(UsageError, match="damaged"):
-            ppo_classic.read_checkpoint(folder)
+    before = read_log(here / "run", times=True)
+    (here / "run" / "thesis.tex").write_text("years")
+    for path in ppo_classic.checkpoints(here / "run"):
+        shutil.rmtree(path)
+    ppo_classic.main(tiny(output_dir="run", seed=2))
+    said = capsys.readouterr().err
+    for name in ("training_metrics.csv", "summary.json"):
+        assert f"{name} is kept as {name}.old" in said and (here / "run" / f"{name}.old").exists()
+    assert len(before) == len((here / "run" / "training_metrics.csv.old").read_text().splitlines()) - 1
+    assert len(read_log(here / "run")) == 4 and (here / "run" / "thesis.tex").read_text() == "years"
 
 
-def test_a_checkpoint_of_something_else_is_refused(here):
+@pytest.mark.parametrize("damage", ["deleted", "cut", "noise"])
+def test_a_damaged_log_does_not_stop_a_resume(here, capsys, damage):
     ppo_classic.main(tiny(output_dir="run"))
-    path = str(ppo_classic.checkpoints(here / "run")[-1])
-    with pytest.raises(UsageError, match="hidden_size 16 -> 32"):
-        ppo_classic.main(tiny(output_dir="a", resume=path, hidden_size=32))
+    log = here / "run" / "training_metrics.csv"
+    if damage == "deleted":
+        log.unlink()
+    if damage == "cut":
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:3]))
+    if damage == "noise":
+        log.write_bytes(b"\xff\x00 no table")
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=150))
+    assert [row["step"] for row in read_log(here / "run")] == ["5"]
+    if damage != "deleted":
+        assert "training_metrics.csv is kept as training_metrics.csv.old" in capsys.readouterr().err
+        assert (here / "run" / "training_metrics.csv.old").exists()
+
+
+def test_rows_of_steps_that_are_made_again_are_kept_beside_the_log(here, monkeypatch, capsys):
+    die_at(monkeypatch, [], 4)
+    with pytest.raises(KeyboardInterrupt):
+        ppo_classic.main(tiny(output_dir="run"))
+    ppo_classic.main(tiny(output_dir="run"))
+    assert [row["step"] for row in read_log(here / "run")] == ["1", "2", "3", "4"]
+    old = (here / "run" / "training_metrics.csv.old").read_text().splitlines()
+    assert len(old) == 4 and "kept as training_metrics.csv.old" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_something_else_is_refused_with_the_settings_that_differ(here):
+    ppo_classic.main(tiny(output_dir="run"))
+    with pytest.raises(UsageError, match="step_4 does not fit .hidden_size 16 -> 32"):
+        ppo_classic.main(tiny(output_dir="run", hidden_size=32))
     with pytest.raises(UsageError, match="env_id CartPole-v1 -> Acrobot-v1"):
-        ppo_classic.main(tiny(output_dir="b", resume=path, env_id="Acrobot-v1"))
-
-
-def test_a_checkpoint_of_another_format_is_refused(here):
-    ppo_classic.main(tiny(output_dir="run"))
+        ppo_classic.main(tiny(output_dir="run", env_id="Acrobot-v1"))
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) == 4
     path = ppo_classic.checkpoints(here / "run")[-1]
-    tensors, saved = ppo_classic.read_checkpoint(path)
-    file = path / "agent.safetensors"
-    ppo_classic.save_file(tensors, file, {"saved": json.dumps(saved | {"format": 0})})
-    (path / "sha256").write_text(hashlib.sha256(file.read_bytes()).hexdigest())
-    with pytest.raises(UsageError, match="version"):
-        ppo_classic.main(tiny(output_dir="a", resume=str(path)))
+    state = json.loads((path / "state.json").read_text()) | {"format": 0}
+    (path / "state.json").write_text(json.dumps(state))
+    hashes = {name: ppo_classic.file_hash(path / name) for name in ("agent.safetensors", "state.json")}
+    (path / "hashes.json").write_text(json.dumps(hashes))
+    with pytest.raises(UsageError, match="version of this file"):
+        ppo_classic.main(tiny(output_dir="run"))
 
 
-def test_resume_must_finds_a_checkpoint_or_says_so(here):
-    with pytest.raises(UsageError, match="no checkpoint"):
-        ppo_classic.main(tiny(output_dir="run", resume="must"))
-    with pytest.raises(UsageError, match="no checkpoint"):
-        ppo_classic.main(tiny(output_dir="run", eval_only=True))
-    ppo_classic.main(tiny(output_dir="run", resume="auto"))
-    ppo_classic.main(tiny(output_dir="run", resume="must", total_timesteps=200))
-    with pytest.raises(UsageError, match="not empty"):
-        ppo_classic.main(tiny(output_dir="run", resume="never"))
+def test_a_folder_in_use_is_refused_with_the_process_that_has_it(here):
+    (here / "run").mkdir()
+    with open(here / "run" / ".lock", "w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="run is in use by process 4711"):
+            ppo_classic.main(tiny(output_dir="run"))
+    ppo_classic.main(tiny(output_dir="run"))
 
 
-def test_a_folder_with_other_files_is_refused(here):
-    (here / "mine").mkdir()
-    (here / "mine" / "thesis.tex").write_text("years")
-    with pytest.raises(UsageError, match="not empty"):
-        ppo_classic.main(tiny(output_dir="mine"))
-    assert (here / "mine" / "thesis.tex").read_text() == "years"
+@pytest.fixture
+def listening():
+    """The signals are heard as start() arranges it."""
+    handlers = {number: signal.signal(number, ppo_classic.ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    ppo_classic.STOP.clear()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_iteration_saves_and_says_how_to_continue(
+    here, monkeypatch, capsys, listening, number, code
+):
+    real = ppo_classic.update
+
+    def interrupted(agent, batch, step, *rest):
+        if step == 2:
+            os.kill(os.getpid(), number)
+        return real(agent, batch, step, *rest)
+
+    monkeypatch.setattr(ppo_classic, "update", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        ppo_classic.main(tiny(output_dir="run"))
+    assert stopped.value.code == code
+    assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_2", "step_3"]
+    assert [row["step"] for row in read_log(here / "run")] == ["1", "2", "3"]
+    assert read_summary(here / "run")["status"] == "stopped"
+    assert "continue with: python" in capsys.readouterr().out
+    monkeypatch.setattr(ppo_classic, "update", real)
+    ppo_classic.STOP.clear()
+    ppo_classic.main(tiny(output_dir="run"))
+    assert [row["step"] for row in read_log(here / "run")] == ["1", "2", "3", "4"]
+    assert read_summary(here / "run")["status"] == "finished"
+
+
+def test_a_second_signal_ends_at_once(monkeypatch, listening):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert (ppo_classic.STOP, codes) == ([signal.SIGINT], [])
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == [143]
+
+
+def test_a_signal_in_the_evaluation_ends_it(here, monkeypatch, listening):
+    real = ppo_classic.evaluate
+
+    def interrupted(agent, c):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(agent, c)
+
+    monkeypatch.setattr(ppo_classic, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        ppo_classic.main(tiny(output_dir="run"))
+    assert stopped.value.code == 143 and len(read_log(here / "run")) == 4  # nothing of the training is lost
+    assert read_summary(here / "run")["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_a_run_with_environments_in_processes(here):
+    flags = ["--env_id=Acrobot-v1", "--vectorization=async", "--num_envs=2", "--output_dir=run"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+    while not (here / "run" / "training_metrics.csv").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "continue with" in out and "Traceback" not in err
+    assert len(ppo_classic.checkpoints(here / "run")) == 1
+
+
+def test_an_environment_that_raises_shows_itself_after_the_last_step_was_saved(here):
+    ppo_classic.main(tiny(env_id=register("Raises"), output_dir="run", save_every=0))
+    register("Raises", fault="raises", limit=60)
+    with pytest.raises(RuntimeError, match="the simulator lost its mind"):
+        ppo_classic.main(tiny(env_id="Raises-v0", output_dir="run", total_timesteps=256))
+    summary = read_summary(here / "run")
+    assert summary["status"] == "failed" and "the simulator lost its mind" in summary["reason"]
+
+
+def test_a_run_that_failed_in_its_first_step_can_be_started_again(here):
+    register("First", fault="raises", limit=60)
+    with pytest.raises(RuntimeError, match="the simulator lost its mind"):
+        ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    register("First")
+    ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) >= 4
 
 
 @pytest.mark.parametrize("field", ["observation", "reward"])
-def test_a_number_that_is_not_finite_is_named(here, field):
-    ppo_classic.main(tiny(env_id=register("Nan"), output_dir="run"))
-    register("Nan", fault=field)
-    with pytest.raises(UsageError, match=rf"environment 0 gave a {field} .* iteration 6, step 2"):
-        ppo_classic.main(tiny(env_id="Nan-v0", output_dir="run", total_timesteps=256))
-    assert ppo_classic.read_checkpoint(ppo_classic.checkpoints(here / "run")[-1])
+def test_a_number_that_is_not_finite_is_named_and_the_steps_before_it_are_saved(here, monkeypatch, field):
+    real = Toy.step
+
+    def breaks(self, action):
+        result = list(real(self, action))
+        if len(self.received) == 50 and field == "observation":  # a reset is no step: 18 steps are 24 of the stream
+            result[0] = result[0] * math.nan
+        if len(self.received) == 50 and field == "reward":
+            result[1] = math.inf
+        return tuple(result)
+
+    monkeypatch.setattr(Toy, "step", breaks)
+    env_id = register("Nan", limit=1000)
+    sentence = f"environment 0 gave a (next )?{field} that is not finite: iteration 4, step [12]"
+    with pytest.raises(UsageError, match=sentence):
+        ppo_classic.main(tiny(env_id=env_id, output_dir="run", save_every=0, total_timesteps=500))
+    assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_3"]
+    assert read_summary(here / "run")["status"] == "failed"
 
 
 @pytest.mark.parametrize("norm_obs", [False, True])  # clipping must not hide it
@@ -839,61 +1190,79 @@ def test_an_infinite_observation_at_the_start_is_named(norm_obs):
         collect_rollout(agent, stream, 0, config)
 
 
-@pytest.mark.parametrize(("mode", "fits"), [("NextStep", True), (None, False), ("whenever", False)])
-def test_the_autoreset_mode_is_read_from_the_metadata_and_never_assumed(mode, fits):
+def test_divergence_ends_the_run_with_the_last_good_checkpoint(here, monkeypatch):
+    real = ppo_classic.ppo_loss
+    calls = []
+
+    def diverges(*arguments):
+        calls.append(1)
+        loss, logged = real(*arguments)
+        return loss * (math.nan if len(calls) > 10 else 1.0), logged
+
+    monkeypatch.setattr(ppo_classic, "ppo_loss", diverges)
+    with pytest.raises(UsageError, match="three gradients in a row"):
+        ppo_classic.main(tiny(output_dir="run"))
+    assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_2"]
+    assert read_summary(here / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("mode", [None, "whenever", "NextStep"])
+def test_the_autoreset_mode_is_read_from_the_metadata_and_never_assumed(mode):
     envs = ppo_classic.make_envs(tiny(), 1)
     envs.metadata = {"autoreset_mode": mode}
-    if fits:
-        assert Stream(envs, "Env-v0").mode == AutoresetMode.NEXT_STEP
-        return
     with pytest.raises(UsageError, match="autoreset_mode"):
-        Stream(envs, "Env-v0")
+        Stream(envs)
 
 
-def test_an_environment_that_raises_is_named_and_the_checkpoint_stays(here):
-    ppo_classic.main(tiny(env_id=register("Raises"), output_dir="run"))
-    register("Raises", fault="raises")
-    with pytest.raises(UsageError, match="environment Raises-v0 raised RuntimeError: the simulator lost its mind"):
-        ppo_classic.main(tiny(env_id="Raises-v0", output_dir="run", total_timesteps=256))
-    assert ppo_classic.read_checkpoint(ppo_classic.checkpoints(here / "run")[-1])
-
-
-@pytest.mark.parametrize(("changes", "sentence"), [
-    ({"total_timesteps": 31}, "total_timesteps = 31 is less than one batch of 32 rows"),
-    ({"num_minibatches": 33}, "32 rows do not fill num_minibatches"),
-    ({"num_steps": 1}, "num_steps = 1 must lie between 2"),
-    ({"gamma": 1.1}, "gamma"), ({"gamma": math.nan}, "gamma"), ({"num_envs": 0}, "num_envs = 0 must lie between"),
-    ({"learning_rate": -1.0}, "learning_rate = -1.0 must lie"), ({"dual_clip": 0.5}, "dual_clip"),
-    ({"kl_target": 0.1}, "kl_coef"), ({"target_kl": 0.0}, "target_kl = 0.0 must")])
-def test_settings_that_cannot_work_are_refused(here, changes, sentence):
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"total_timesteps": 31}, "total_timesteps = 31 is less than one batch: use at least 32"),
+        ({"num_minibatches": 33}, "32 rows do not fill num_minibatches = 33: use at most 32"),
+        ({"num_steps": 1}, "num_steps = 1 must be at least 2"),
+        ({"gamma": 1.1}, "gamma"),
+        ({"gamma": math.nan}, "gamma"),
+        ({"num_envs": 0}, "num_envs = 0 must be at least 1"),
+        ({"learning_rate": -1.0}, "learning_rate = -1.0 must be"),
+        ({"dual_clip": 0.5}, "dual_clip"),
+        ({"kl_target": 0.1}, "kl_coef"),
+        ({"target_kl": -0.1}, "target_kl"),
+        ({"cuda": True}, "no GPU"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(here, monkeypatch, changes, sentence):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=sentence):
         ppo_classic.main(tiny(**changes))
     assert list(here.iterdir()) == []
 
 
+def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
 def test_bad_input_is_one_sentence_and_exit_code_2(here):
-    def run(*flags):
-        return subprocess.run([sys.executable, str(ROOT / "ppo_classic.py"), *flags], capture_output=True, text=True)
-
-    unknown = run("--env_id", "CartPoole-v1")
-    assert unknown.returncode == 2 and "CartPoole" in unknown.stderr and "Traceback" not in unknown.stderr
-    small = run("--total_timesteps", "5")
-    assert small.returncode == 2 and small.stderr == "error: total_timesteps = 5 is less than one batch of 512 rows\n"
-
-
-@pytest.mark.parametrize(("env_id", "module", "hint"), [
-    ("HalfCheetah-v5", "gymnasium.envs.mujoco.half_cheetah_v5", r"pip install 'gymnasium\[mujoco\]'"),
-    ("ALE/Breakout-v5", "ale_py", "pip install ale-py"), ("LunarLander-v3", "Box2D", "gymnasium.box2d")])
-def test_a_missing_package_is_named_with_its_installation(monkeypatch, env_id, module, hint):
-    for name in [name for name in sys.modules if name.split(".")[0] == module]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
-    for name in ("gymnasium.envs.box2d", "gymnasium.envs.box2d.lunar_lander"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(UsageError, match=hint):
-        ppo_classic.make_envs(Config(env_id=env_id), 1)
+    (here / "file").touch()
+    for flags, sentence in (
+        (["--env_id", "CartPoole-v1"], "CartPoole"),
+        (["--total_timesteps", "5"], "error: total_timesteps = 5 is less than one batch: use at least 512\n"),
+        (["--output_dir", "file"], "file"),
+        (["--output_dir", "file/below"], "file/below"),
+    ):
+        done = run_script(*flags)
+        assert done.returncode == 2 and sentence in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
 
 
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_exit_code_2(here):
+    command = f"ulimit -f 60; {sys.executable} -W ignore {ROOT}/ppo_classic.py --output_dir run --save_every 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "error:" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
 def test_the_script_alone_in_an_empty_folder_runs(here):
     shutil.copy(ROOT / "ppo_classic.py", here)
     command = [sys.executable, "ppo_classic.py", "--total_timesteps", "2000", "--eval_episodes", "2"]
@@ -902,35 +1271,53 @@ def test_the_script_alone_in_an_empty_folder_runs(here):
     assert "eval/score" in done.stdout and (here / "output" / "ppo_metrics" / "training_curves.png").exists()
 
 
-def test_dry_run_prints_the_preset_and_starts_nothing(here):
-    done = subprocess.run([sys.executable, str(ROOT / "ppo_classic.py"), "--env_id=Pendulum-v1", "--dry_run"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "preset Pendulum" in done.stdout and "gamma=0.9" in done.stdout
-    assert list(here.iterdir()) == []
+def test_help_shows_the_options_in_groups_with_the_defaults_of_the_environment(here):
+    done = run_script("--env_id", "Pendulum-v1", "--help")
+    assert done.returncode == 0 and list(here.iterdir()) == []
+    headings = [line for line in done.stdout.splitlines() if re.fullmatch("[A-Z][a-z]+(, [a-z]+)*", line)]
+    assert headings == ["Run", "Environment", "Network", "Loss", "Optimization", "Evaluation, logs, checkpoints"]
+    options = re.findall(r"^  --(\w+) ", done.stdout, re.MULTILINE)
+    assert options == [field.name for field in dataclasses.fields(Config)]
+    assert "--gamma float (default: 0.9)" in done.stdout and "python ppo_classic.py --env_id" in done.stdout
 
 
-def test_a_worker_that_dies_ends_the_run_with_its_environment_named(here):
-    config = tiny(vectorization="async", env_id="Acrobot-v1")
-    agent, stream = start(config)
-    stream.envs.processes[1].kill()
-    with pytest.raises(UsageError, match="Acrobot-v1 raised"):
-        for step in range(3):
-            collect_rollout(agent, stream, step, config)
-    for process in stream.envs.processes:
-        process.terminate()
-        process.join(5)
-        assert not process.is_alive()
-    stream.envs.closed = True  # close() would wait for an answer of the dead worker
+# ---- Console and trackers -------------------------------------------------------------------------------------
 
 
-def test_what_a_video_needs_is_asked_for_before_the_training(here, monkeypatch):
-    monkeypatch.setitem(sys.modules, "moviepy", None)
-    with pytest.raises(UsageError, match="moviepy"):
-        ppo_classic.main(tiny(output_dir="run", capture_video=True))
-    assert read_log(here / "run") == []
+def test_the_console_is_a_table_of_fixed_columns_with_its_header_every_20_lines(here, capsys):
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=2000, eval_episodes=0))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("   ")]
+    headers = [i for i, line in enumerate(lines) if "return" in line]
+    assert headers == list(range(0, len(lines), 21)) and len(headers) == 2
+    assert len({len(line) for line in lines}) == 1
+    first, last = lines[1].split(), lines[-1].split()
+    assert int(first[0]) < 40 and int(last[0]) >= 2000 and len(first) == len(lines[0].split())
+    assert not any("\r" in line for line in lines)
 
 
-# ---- Trackers -------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "width"), [("xterm", 40), ("xterm", 200), ("dumb", 80)])
+def test_a_terminal_gets_a_bar_with_the_time_left_and_a_dumb_one_does_not(here, kind, width):
+    main, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+    flags = ["--total_timesteps=4000", "--eval_episodes=1", "--output_dir=run"]
+    environment = os.environ | {"TERM": kind, "COLUMNS": str(width)}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags]
+    process = subprocess.Popen(command, stdout=worker, stderr=worker, env=environment)
+    os.close(worker)
+    shown = b""
+    try:
+        while chunk := os.read(main, 1000):
+            shown += chunk
+    except OSError:  # how the end of a pseudo-terminal is told
+        pass
+    assert process.wait() == 0
+    bars = re.findall(r"100%.*4000/4000 .*<00:00", shown.decode())
+    assert bool(bars) == (kind != "dumb")
+    lines = re.split("[\r\n]+", shown.decode())
+    assert max(len(line) for line in lines if not line.startswith("run:")) <= width
+    tables = [line for line in lines if line.split()[:2] == ["step", "seconds"]]
+    assert len(tables) == 1 and len(tables[0].split()) == min(9, width // 10)
 
 
 def fake_wandb(log: list, fails: str = "") -> types.SimpleNamespace:
@@ -964,7 +1351,7 @@ def test_a_tracker_that_fails_does_not_end_the_training(here, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "wandb", None if fails == "import" else fake_wandb([], fails))
     ppo_classic.main(tiny(output_dir="run", track="wandb"))
     assert capsys.readouterr().err.count("warning: track wandb") == 1
-    assert len(read_log(here / "run")) == 4
+    assert len(read_log(here / "run")) == 4 and read_summary(here / "run")["status"] == "finished"
 
 
 def test_tensorboard_gets_the_metrics(here):
