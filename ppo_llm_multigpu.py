@@ -642,11 +642,11 @@ class Learner:
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
         if self.stage:  # put together by all ranks for rank 0, which writes it
-            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-            state = {x: safe_get_full_optimizer_state(self.weights[i], x) for x in ("exp_avg", "exp_avg_sq")}
-            state["weight"] = safe_get_full_fp32_param(self.weights[i])
-            state["step"] = self.optimizer.state[self.parts[0]]["step"].clone()
-            return {} if RANK else state
+            get = getattr(self.weights[i], "get_full_hp_param", None)  # ZeRO-2's
+            if self.stage == 3:
+                get = functools.partial(self.optimizer.get_full_hp_param, self.weights[i])
+            state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
+            return {} if RANK else {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
         return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
