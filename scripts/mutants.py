@@ -312,6 +312,23 @@ def first_failure(script: str, old: str, new: str, groups: list[list[str]]) -> s
     return ""
 
 
+def preload() -> None:
+    """Imports what ppo_llm.py and its tests import, but not the script itself: forks need not do it again."""
+    import matplotlib.figure  # noqa: F401
+    import peft  # noqa: F401
+    import pytest  # noqa: F401
+    import torch
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(ROOT))
+    import ppo_llm  # noqa: F401
+
+    del sys.modules["ppo_llm"]
+    sys.path.pop(0)
+
+
 def main(config: Config) -> None:
     text = (ROOT / f"{config.script}.py").read_text()
     fast = [path.name for path in sorted((ROOT / "tests").glob("test_*.py")) if path.name not in LEFT_OUT]
@@ -325,12 +342,7 @@ def main(config: Config) -> None:
     missing = [name for name, old, _, _ in faults if text.count(old) != 1]
     assert not missing, f"not one place in {config.script}.py for: {missing}"
     if config.script == "ppo_llm":
-        import datasets  # noqa: F401
-        import pytest  # noqa: F401
-        import torch
-        import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-
-        torch.set_num_threads(1)
+        preload()
 
     def run(fault) -> str:
         return first_failure(config.script, *fault[1:])
