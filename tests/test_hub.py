@@ -56,7 +56,8 @@ def save_qwen(folder: Path) -> None:
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
-    fast.add_tokens(["You are Qwen, created by Alibaba Cloud. You are a helpful assistant.", ppo_llm.GSM8K_INSTRUCTION,
+    fast.add_tokens(["You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+                     ppo_llm.GSM8K_INSTRUCTION,
                      " apples and gets 3. How many now?"])  # whole sentences as tokens: prompts of 50 instead of 250
     fast.save_pretrained(folder)
     lm = make_lm(vocab_size=320, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=258,
@@ -70,7 +71,8 @@ def load_dataset(path: str, name: str | None = None, *, split: str) -> datasets.
     assert (path, name) == ("openai/gsm8k", "main"), "Config name is missing"
     count = {"train": 260, "test": 6}[split]
     return datasets.Dataset.from_list([
-        {"question": f"Ann has {i} apples and gets 3. How many now?", "answer": f"{i}+3={i + 3}\n#### {i + 3}"}
+        {"question": f"Ann has {i} apples and gets 3. How many now?",
+         "answer": f"{i}+3={i + 3}\n#### {i + 3}"}
         for i in range(count)])
 
 
@@ -111,7 +113,8 @@ def qwen_run(tmp_path_factory, no_figures):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp / "hub"))
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        words = ["--model", QWEN, "--total_steps", 1, "--max_response_length", 4, "--eval_size", 4, "--device", "cpu"]
+        words = ["--model", QWEN, "--total_steps", 1, "--max_response_length", 4, "--eval_size", 4,
+                 "--device", "cpu"]
         code, out, err = command(ppo_llm, words, tmp)
     assert code == 0, err
     return out, tmp / "output" / "ppo_metrics"
@@ -135,7 +138,8 @@ def test_the_literal_qwen_command_stops_at_both_end_tokens(qwen_run):
 
 def test_the_literal_qwen_command_trains_with_the_published_settings(qwen_run):
     config = json.loads((qwen_run[1] / "summary.json").read_text())["config"]
-    published = {"train_batch_size": 256, "ppo_mini_batch_size": 64, "ppo_epochs": 1, "lr": 1e-6, "critic_lr": 1e-5,
+    published = {"train_batch_size": 256, "ppo_mini_batch_size": 64, "ppo_epochs": 1, "lr": 1e-6,
+                 "critic_lr": 1e-5,
                  "kl_ctrl_coef": 0.001, "gamma": 1.0, "lam": 1.0, "clip_ratio": 0.2, "entropy_coeff": 0.001,
                  "dataset": "openai/gsm8k", "reward": "gsm8k", "max_prompt_length": 1024, "temperature": 1.0}
     assert {name: config[name] for name in published} == published
@@ -153,8 +157,10 @@ def test_the_model_exported_from_qwen_keeps_qwens_generation_config(qwen_run):
 
 def test_the_script_alone_in_a_folder_trains_on_a_model_and_a_file(folder, tmp_path, no_figures):
     shutil.copy(folder / "prompts.jsonl", tmp_path / "file.jsonl")
-    words = ["--model", folder, "--dataset", "file.jsonl", "--reward", f"{folder}/reward.py:coin", "--total_steps", 2,
-             "--device", "cpu", "--max_prompt_length", 64, "--max_response_length", 8, "--train_batch_size", 8,
+    words = ["--model", folder, "--dataset", "file.jsonl", "--reward", f"{folder}/reward.py:coin",
+             "--total_steps", 2,
+             "--device", "cpu", "--max_prompt_length", 64, "--max_response_length", 8, "--train_batch_size",
+             8,
              "--ppo_mini_batch_size", 4]
     code, _, err = command(load_alone(tmp_path), words, tmp_path)
     assert code == 0, err

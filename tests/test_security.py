@@ -75,11 +75,13 @@ def test_a_run_and_its_resuming_read_no_pickle(run):
 
 def test_a_run_leaves_safetensors_json_csv_and_pictures_only(run):
     files = [path.relative_to(run[0]) for path in run[0].rglob("*") if path.is_file() and path.name != ".lock"]
-    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".csv", ".png", ".html", ".jinja"}
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".csv", ".png", ".html",
+                                               ".jinja"}
     assert {path.suffix for path in files if path.parts[0] == "checkpoints"} == {".safetensors", ".json"}
 
 
-def test_a_pickle_in_the_place_of_a_checkpoint_is_not_read_even_with_a_matching_hash(run, tmp_path, trap, folder):
+def test_a_pickle_in_the_place_of_a_checkpoint_is_not_read_even_with_a_matching_hash(run, tmp_path, trap,
+                                                                                     folder):
     copy = tmp_path / "run"
     shutil.copytree(run[0], copy)
     checkpoint = ppo_llm.find_checkpoint(copy, None)
@@ -125,7 +127,8 @@ def test_code_of_a_model_repository_is_off_by_default():
 
 def test_a_model_that_needs_its_own_code_is_refused_in_a_sentence(folder, tmp_path, trap):
     names = {"AutoConfig": "code.Model", "AutoModelForCausalLM": "code.Model"}
-    model = with_code(folder, tmp_path / "model", trap, "config.json", model_type="unheard_of", auto_map=names)
+    model = with_code(folder, tmp_path / "model", trap, "config.json", model_type="unheard_of",
+                      auto_map=names)
     with pytest.raises(UsageError, match="contains custom code"):
         ppo_llm.load_tokenizer(make_config(model))
     with pytest.raises(UsageError, match="contains custom code"):
@@ -182,7 +185,8 @@ def test_rows_answers_and_responses_are_text_for_the_built_in_rewards(trap):
 
 def test_nothing_in_a_row_names_a_reward_file(tmp_path, trap):
     (tmp_path / "evil.py").write_text(CODE.format(str(trap)))
-    row = {"prompt": "a", "answer": "1", "reward": f"{tmp_path}/evil.py:f", "reward_model": {"ground_truth": "1"}}
+    row = {"prompt": "a", "answer": "1", "reward": f"{tmp_path}/evil.py:f",
+           "reward_model": {"ground_truth": "1"}}
     examples = ppo_llm.make_examples([row], make_tokenizer(), Config(reward="f.py:f"), "SOURCE", True)
     assert [example.answer for example in examples] == ["1"]
 
@@ -193,7 +197,8 @@ def test_nothing_in_a_checkpoint_names_a_reward_file(run, tmp_path, trap, folder
     checkpoint = ppo_llm.find_checkpoint(copy, None)
     (tmp_path / "evil.py").write_text(CODE.format(str(trap)))
     state = json.loads((checkpoint / "state.json").read_text())
-    state["config"] |= {"reward": f"{tmp_path}/evil.py:f", "rollout": f"{tmp_path}/evil.py:f", "trust_remote_code": True}
+    state["config"] |= {"reward": f"{tmp_path}/evil.py:f", "rollout": f"{tmp_path}/evil.py:f",
+                        "trust_remote_code": True}
     (checkpoint / "state.json").write_text(json.dumps(state))
     hashes = {path.name: ppo_llm.file_hash(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
     (checkpoint / "hashes.json").write_text(json.dumps(hashes))
@@ -211,7 +216,8 @@ def test_a_configuration_is_read_as_data(tmp_path, trap, content):
         ppo_llm.read_options(str(tmp_path / "options.yaml"))
 
 
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "pickle.load", "pickle.loads",
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "pickle.load",
+         "pickle.loads",
          "yaml.load", "yaml.unsafe_load", "yaml.full_load", "marshal.loads"}
 
 
@@ -242,7 +248,8 @@ def test_the_environment_and_tokens_are_in_no_file_and_not_on_the_console(run):
 def test_the_summary_says_what_is_promised_and_nothing_of_the_environment(run):
     summary = json.loads((run[0] / "summary.json").read_text())
     assert set(summary) == {
-        "status", "reason", "step", "total_steps", "seconds", "resume_command", "first_evaluation", "last_evaluation",
+        "status", "reason", "step", "total_steps", "seconds", "resume_command", "first_evaluation",
+        "last_evaluation",
         "versions", "commit", "machine", "settings_history", "config"}
     text = json.dumps(summary)
     assert not re.search(r"HF_TOKEN|WANDB|PATH", text)
@@ -278,7 +285,8 @@ def test_a_tracker_gets_the_settings_and_the_numbers_and_no_text(run, monkeypatc
     assert not any(value in str(sent) for value in [*SECRETS.values(), "private"])
 
 
-def test_files_are_written_below_the_output_folder_and_the_link_beside_it(folder, tmp_path, monkeypatch, no_figures):
+def test_files_are_written_below_the_output_folder_and_the_link_beside_it(folder, tmp_path, monkeypatch,
+                                                                          no_figures):
     monkeypatch.chdir(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     ppo_llm.main(make_config(folder, total_steps=1))
@@ -314,7 +322,8 @@ class Log(ppo_llm.Run):
         self.config = Config(model="m")
 
 
-def test_a_response_on_the_console_is_escaped_and_cut_to_the_terminal(tmp_path, capsys, monkeypatch, no_figures):
+def test_a_response_on_the_console_is_escaped_and_cut_to_the_terminal(tmp_path, capsys, monkeypatch,
+                                                                      no_figures):
     monkeypatch.setenv("COLUMNS", "60")
     metrics = {"eval/score": 0.5, "eval/standard_error": 0.1}
     sample = {"score": 1.0, "prompt": ESCAPES, "response": ESCAPES + "x" * 1000}
