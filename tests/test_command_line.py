@@ -21,7 +21,8 @@ from ppo_llm import DEMO, Config, UsageError
 
 SCRIPT = Path(ppo_llm.__file__)
 ROOT = SCRIPT.parent
-GROUPS = ["Run", "Models", "Data", "Reward", "KL", "Rollout", "Advantage", "Loss", "Optimization", "Evaluation"]
+GROUPS = ["Run", "Models", "Data", "Reward", "KL", "Rollout", "Advantage", "Loss", "Optimization",
+          "Evaluation"]
 POINTER = "The names of other trainers' options are in docs/coming_from.md."
 
 
@@ -103,7 +104,8 @@ def test_the_help_has_a_heading_for_each_group_and_every_option_once_in_its_orde
 
 def test_every_option_has_a_sentence_its_type_or_choices_and_its_default(help_text):
     for field in dataclasses.fields(Config):
-        kind, text, default = re.search(rf"  --{field.name} (.+)\n      (.+\.) Default: (.*)\.\n", help_text).groups()
+        kind, text, default = re.search(rf"  --{field.name} (.+)\n      (.+\.) Default: (.*)\.\n",
+                                        help_text).groups()
         assert len(text.split()) >= 1 and text.count("  ") == 0
         assert default == str(getattr(DEMO, field.name))
         if field.type is bool:
@@ -133,15 +135,18 @@ def test_without_a_model_the_demo_is_run_and_with_one_the_published_run():
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["--use_kl_loss"], {"use_kl_loss": True}), (["--no_norm_adv_by_std"], {"norm_adv_by_std": False}),
-    (["--use_kl_in_reward", "False"], {"use_kl_in_reward": False}), (["--clip_ratio_c", "None"], {"clip_ratio_c": None}),
+    (["--use_kl_in_reward", "False"], {"use_kl_in_reward": False}),
+    (["--clip_ratio_c", "None"], {"clip_ratio_c": None}),
     (["--lr=1e-3"], {"lr": 1e-3}), (["--missing_eos_penalty", "-1"], {"missing_eos_penalty": -1.0}),
-    (["--lr", "1", "--lr", "2"], {"lr": 2.0}), (["--system_prompt", "two words"], {"system_prompt": "two words"})])
+    (["--lr", "1", "--lr", "2"], {"lr": 2.0}),
+    (["--system_prompt", "two words"], {"system_prompt": "two words"})])
 def test_options_are_written_as_the_documents_write_them(words, expected):
     assert given(parse(*words)) == expected
 
 
 @pytest.mark.parametrize("words", [
-    "--learning_rate 1e-3", "--kl_coef 0.1", "--ppo_micro_batch_size 8", "--merge_lora", "--l 3", "--version", "extra",
+    "--learning_rate 1e-3", "--kl_coef 0.1", "--ppo_micro_batch_size 8", "--merge_lora", "--l 3", "--version",
+    "extra",
     "lr=3", "--lr", "--lr abc", "--critic adapter", "--total_steps 3.5", "--seed 1.0", "--track trackio",
     "--use_kl_in_reward", "--ppo_epochs None", "True --use_kl_loss"])
 def test_what_is_no_option_or_no_value_points_to_the_names_of_other_trainers_and_exits_with_2(command, words):
@@ -179,25 +184,33 @@ def from_file(path: Path, content: str, *words: str) -> dict:
 
 
 @pytest.mark.parametrize(("content", "expected"), [
-    ("lr: 1e-3", {"lr": 1e-3}), ("lr: 1E-3", {"lr": 1e-3}), ("lr: 0.001", {"lr": 1e-3}), ("lr: 1", {"lr": 1.0}),
-    ("lr: '1e-3'", {"lr": 1e-3}), ("seed: -3", {"seed": -3}), ("missing_eos_penalty: -1", {"missing_eos_penalty": -1.0}),
+    ("lr: 1e-3", {"lr": 1e-3}), ("lr: 1E-3", {"lr": 1e-3}), ("lr: 0.001", {"lr": 1e-3}),
+    ("lr: 1", {"lr": 1.0}),
+    ("lr: '1e-3'", {"lr": 1e-3}), ("seed: -3", {"seed": -3}),
+    ("missing_eos_penalty: -1", {"missing_eos_penalty": -1.0}),
     ("use_kl_loss: true", {"use_kl_loss": True}), ("use_kl_loss: yes", {"use_kl_loss": True}),
     ("use_kl_loss: false", {}), ("norm_adv_by_std: no", {"norm_adv_by_std": False}),
     ("use_kl_in_reward: true", {"use_kl_in_reward": True}), ("use_kl_in_reward: null", {}),
     ("clip_ratio_c: null", {"clip_ratio_c": None}), ("clip_ratio_c: None", {"clip_ratio_c": None}),
     ("clip_ratio_c:", {"clip_ratio_c": None}), ("total_steps: ~", {"total_steps": None}),
-    ("system_prompt: two words", {"system_prompt": "two words"}), ("system_prompt: ''", {"system_prompt": ""}),
-    ("system_prompt: '--lr 3'", {"system_prompt": "--lr 3"}), ("system_prompt: '- a'", {"system_prompt": "- a"}),
-    ("system_prompt: 'a=b: {c}'", {"system_prompt": "a=b: {c}"}), ("prompt_column: '7'", {"prompt_column": "7"}),
-    ("system_prompt: |\n  one\n  two\n", {"system_prompt": "one\ntwo\n"}), ("system_prompt: \u00e9", {"system_prompt": "\u00e9"}),
-    ("# a comment\nlr: 1.0\n\nseed: 2", {"lr": 1.0, "seed": 2}), ("config:\n  seed: 2", {"seed": 2}), ("{}", {})])
+    ("system_prompt: two words", {"system_prompt": "two words"}),
+    ("system_prompt: ''", {"system_prompt": ""}),
+    ("system_prompt: '--lr 3'", {"system_prompt": "--lr 3"}),
+    ("system_prompt: '- a'", {"system_prompt": "- a"}),
+    ("system_prompt: 'a=b: {c}'", {"system_prompt": "a=b: {c}"}),
+    ("prompt_column: '7'", {"prompt_column": "7"}),
+    ("system_prompt: |\n  one\n  two\n", {"system_prompt": "one\ntwo\n"}),
+    ("system_prompt: \u00e9", {"system_prompt": "\u00e9"}),
+    ("# a comment\nlr: 1.0\n\nseed: 2", {"lr": 1.0, "seed": 2}), ("config:\n  seed: 2", {"seed": 2}),
+    ("{}", {})])
 def test_a_yaml_file_of_options_is_read(tmp_path, content, expected):
     assert from_file(tmp_path / "options.yaml", content) == expected
 
 
 @pytest.mark.parametrize("name", ["options.json", "options.yaml", "options"])
 def test_a_json_file_of_options_is_read(tmp_path, name):
-    options = {"lr": 1e-7, "use_kl_loss": True, "clip_ratio_c": None, "kl_loss_type": "k2", "system_prompt": 'say "x"\n'}
+    options = {"lr": 1e-7, "use_kl_loss": True, "clip_ratio_c": None, "kl_loss_type": "k2",
+               "system_prompt": 'say "x"\n'}
     assert from_file(tmp_path / name, json.dumps(options)) == options
     assert from_file(tmp_path / name, json.dumps(options, indent=2)) == options
     assert from_file(tmp_path / name, '{"lr": 1e-3}') == {"lr": 1e-3}
@@ -205,7 +218,8 @@ def test_a_json_file_of_options_is_read(tmp_path, name):
 
 @pytest.mark.parametrize(("content", "words", "expected"), [
     ("lr: 1", ["--lr", "5"], {"lr": 5.0}), ("lr: 1", ["--lr=5"], {"lr": 5.0}),
-    ("use_kl_loss: true", ["--no_use_kl_loss"], {}), ("use_kl_loss: false", ["--use_kl_loss"], {"use_kl_loss": True}),
+    ("use_kl_loss: true", ["--no_use_kl_loss"], {}),
+    ("use_kl_loss: false", ["--use_kl_loss"], {"use_kl_loss": True}),
     ("clip_ratio_c: null", ["--clip_ratio_c", "2"], {"clip_ratio_c": 2.0}),
     ("lr: 1\nseed: 3", ["--lr", "5"], {"lr": 5.0, "seed": 3})])
 def test_the_command_line_wins_wherever_it_stands(tmp_path, content, words, expected):
@@ -235,7 +249,8 @@ def test_the_summary_of_a_run_is_a_file_of_options_that_makes_the_same_run(tmp_p
 
 
 @pytest.mark.parametrize("content", [
-    "learning_rate: 3", "nope: null", "lr: abc", "lr: [1, 2]", "kl_penalty: k9", "use_kl_loss: 'no'", "use_kl_loss: 3",
+    "learning_rate: 3", "nope: null", "lr: abc", "lr: [1, 2]", "kl_penalty: k9", "use_kl_loss: 'no'",
+    "use_kl_loss: 3",
     "norm_adv_by_std: null", "1: 2", "two words: 3", "total_steps: 3.5", "optimizer:\n  lr: 3"])
 def test_an_unknown_name_or_value_in_a_file_is_a_sentence_and_exit_code_2(command, content):
     Path("options.yaml").write_text(content)
@@ -245,7 +260,8 @@ def test_an_unknown_name_or_value_in_a_file_is_a_sentence_and_exit_code_2(comman
 
 @pytest.mark.parametrize(("content", "phrase"), [
     (b"", "there are no options"), (b"- lr: 3", "there are no options"), (b"3", "there are no options"),
-    (b"just text", "there are no options"), (b"config: 3", "there are no options"), (b"null", "there are no options"),
+    (b"just text", "there are no options"), (b"config: 3", "there are no options"),
+    (b"null", "there are no options"),
     (b"a: b: c", "mapping values are not allowed here"), (b"{", "line 1"), (b"lr: 1\n  seed: 2", "line 2"),
     ("lr: 1".encode("utf-16"), "utf-8"), (b"lr: \x00", "special characters"), (b"\xe9: 1", "utf-8"),
     (gzip.compress(b"lr: 1"), "utf-8")])
@@ -278,27 +294,33 @@ REFUSED = [({name: 0}, f"{name} cannot be 0") for name in """train_batch_size ro
     max_prompt_length rollout_slots total_epochs ppo_epochs ppo_mini_batch_size critic_ppo_epochs rollout_is_cap
     critic_ppo_mini_batch_size temperature micro_batch_tokens grad_clip save_total_limit eval_size lora_rank lora_alpha
     loss_scale_factor kl_ctrl_horizon kl_ctrl_target cliprange_value early_stop_kl""".split()]
-REFUSED += [({name: -1}, f"{name} cannot be -1") for name in """lr critic_lr warmup_steps critic_warmup eval_every
+REFUSED += [({name: -1},
+             f"{name} cannot be -1") for name in """lr critic_lr warmup_steps critic_warmup eval_every
     save_every clip_ratio clip_ratio_low clip_ratio_high kl_ctrl_coef kl_loss_coef weight_decay vf_coef total_steps
     train_batch_size temperature gamma lam reference_mix""".split()]
 REFUSED += [({name: 1.1}, f"{name} cannot be 1.1") for name in
             "reference_mix gamma lam lam_critic attribution_discount".split()]
-REFUSED += [({name: bad}, f"{name} cannot be {bad}") for name in "lr temperature clip_ratio kl_ctrl_coef".split()
+REFUSED += [({name: bad},
+             f"{name} cannot be {bad}") for name in "lr temperature clip_ratio kl_ctrl_coef".split()
             for bad in (float("nan"), float("inf"), -float("inf"))]
 REFUSED += [
-    ({"clip_ratio_c": 1.0}, "clip_ratio_c must exceed 1"), ({"clip_ratio_c": 0.5}, "clip_ratio_c must exceed 1"),
+    ({"clip_ratio_c": 1.0}, "clip_ratio_c must exceed 1"),
+    ({"clip_ratio_c": 0.5}, "clip_ratio_c must exceed 1"),
     ({"device": "cuda"}, "device cuda: no CUDA here"), ({"device": "cuda:1"}, "device cuda:1: no CUDA here"),
     ({"use_kl_in_reward": True, "use_kl_loss": True}, "use_kl_in_reward or use_kl_loss: choose one"),
     ({"reference": "previous"}, "reference previous needs use_kl_loss"),
     ({"reference": "previous", "use_kl_loss": True, "kl_ctrl_type": "adaptive"}, "kl_ctrl_type fixed"),
-    ({"reference": "previous", "use_kl_loss": True, "kl_loss_type": "full"}, "the full KL works with reference init only"),
+    ({"reference": "previous", "use_kl_loss": True, "kl_loss_type": "full"},
+     "the full KL works with reference init only"),
     ({"reference": "mixed", "kl_penalty": "full"}, "the full KL works with reference init only"),
     ({"kl_ctrl_type": "adaptive", "kl_ctrl_coef": 0.0}, "needs a KL whose coefficient is not 0"),
     ({"kl_ctrl_type": "adaptive", "use_kl_in_reward": False}, "needs a KL whose coefficient is not 0"),
-    ({"kl_ctrl_type": "adaptive", "use_kl_loss": True, "kl_loss_coef": 0.0}, "needs a KL whose coefficient is not 0"),
+    ({"kl_ctrl_type": "adaptive", "use_kl_loss": True, "kl_loss_coef": 0.0},
+     "needs a KL whose coefficient is not 0"),
     ({"critic_early_stop": True}, "critic_early_stop needs 2 epochs of the critic"),
     ({"critic_early_stop": True, "ppo_epochs": 4, "critic_ppo_epochs": 1}, "needs 2 epochs of the critic"),
-    ({"lora_alpha": 8.0}, "lora_* flags need lora_rank"), ({"lora_target": "q_proj"}, "lora_* flags need lora_rank"),
+    ({"lora_alpha": 8.0}, "lora_* flags need lora_rank"),
+    ({"lora_target": "q_proj"}, "lora_* flags need lora_rank"),
     ({"critic_warmup": 5, "total_steps": 5}, "critic_warmup leaves the actor no step"),
     ({"train_batch_size": 10, "ppo_mini_batch_size": 4}, "= 10 responses must divide into mini-batches"),
     ({"train_batch_size": 5, "rollout_n": 5, "ppo_mini_batch_size": 10}, "= 25 responses must divide"),
@@ -313,25 +335,32 @@ REFUSED += [({"adv_estimator": name}, "rollout_n must be 2 or more")
             for name in ("grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus_baseline")]
 
 
-@pytest.mark.parametrize(("flags", "phrase"), REFUSED, ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
+@pytest.mark.parametrize(("flags", "phrase"), REFUSED,
+                         ids=[" ".join(map(str, flags)) for flags, _ in REFUSED])
 def test_a_combination_that_cannot_work_is_refused(monkeypatch, flags, phrase):
     monkeypatch.setattr(ppo_llm.torch.cuda, "is_available", lambda: False)
     assert phrase in refusal(ppo_llm.check_config, Config(**flags))
 
 
 SOUND = [
-    {}, {"adv_estimator": "reinforce_plus_plus"}, {"adv_estimator": "grpo", "rollout_n": 8}, {"use_kl_loss": True},
-    {"use_kl_loss": True, "kl_loss_type": "k2"}, {"kl_penalty": "kl"}, {"use_kl_loss": True, "kl_loss_type": "full"},
+    {}, {"adv_estimator": "reinforce_plus_plus"}, {"adv_estimator": "grpo", "rollout_n": 8},
+    {"use_kl_loss": True},
+    {"use_kl_loss": True, "kl_loss_type": "k2"}, {"kl_penalty": "kl"},
+    {"use_kl_loss": True, "kl_loss_type": "full"},
     {"use_kl_loss": True, "kl_loss_type": "mse"}, {"use_kl_loss": True, "kl_loss_type": "k1+"},
     {"use_kl_loss": True, "kl_loss_type": "low_var_kl+"}, {"use_kl_loss": True, "reference": "previous"},
-    {"use_kl_loss": True, "kl_ctrl_type": "adaptive"}, {"use_kl_in_reward": False}, {"kl_ctrl_type": "adaptive"},
-    {"kl_penalty": "k3", "kl_ctrl_coef": 0.0}, {"reference": "mixed", "reference_mix": 0.1}, {"critic": "shared"},
-    {"critic": "shared", "vf_coef": 0.5}, {"critic_early_stop": True, "critic_ppo_epochs": 2}, {"clip_ratio_c": None},
+    {"use_kl_loss": True, "kl_ctrl_type": "adaptive"}, {"use_kl_in_reward": False},
+    {"kl_ctrl_type": "adaptive"},
+    {"kl_penalty": "k3", "kl_ctrl_coef": 0.0}, {"reference": "mixed", "reference_mix": 0.1},
+    {"critic": "shared"},
+    {"critic": "shared", "vf_coef": 0.5}, {"critic_early_stop": True, "critic_ppo_epochs": 2},
+    {"clip_ratio_c": None},
     {"kl_ctrl_type": "adaptive", "kl_ctrl_unit": "sequence", "kl_ctrl_target": 3.0}, {"lam_critic": 0.9},
     {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 99.0}, {"total_steps": 0}, {"seed": -1},
     {"reward_attribution": "discounted", "attribution_discount": 0.5}, {"missing_eos_penalty": -1.0},
     {"adv_estimator": "grpo", "rollout_n": 2, "norm_adv_by_std": False}, {"entropy_coeff": -0.01},
-    {"adv_estimator": "reinforce_plus_plus", "gamma": 0.9}, {"total_epochs": 3}, {"lora_rank": 8, "lora_alpha": 8.0},
+    {"adv_estimator": "reinforce_plus_plus", "gamma": 0.9}, {"total_epochs": 3},
+    {"lora_rank": 8, "lora_alpha": 8.0},
     {"critic_warmup": 4, "total_steps": 5}, {"eval_every": 0}]
 
 
@@ -346,7 +375,8 @@ def test_the_demo_passes_without_a_word(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-UNSOUND = [({"kl_penalty": kind}, "in the reward only k1") for kind in ("abs", "k2", "mse", "k3", "low_var_kl", "full")]
+UNSOUND = [({"kl_penalty": kind}, "in the reward only k1") for kind in ("abs", "k2", "mse", "k3",
+                                                                        "low_var_kl", "full")]
 UNSOUND += [({"use_kl_loss": True, "kl_loss_type": kind}, "lacks the gradient of KL")
             for kind in ("k1", "kl", "abs", "k3", "low_var_kl")]
 
@@ -363,17 +393,21 @@ def test_what_is_allowed_but_unsound_is_warned_of_once(flags, phrase, capsys):
 
 NO_CRITIC = {"adv_estimator": "rloo", "rollout_n": 4}
 IDLE = [  # (the setting, the flag that has no effect beside it)
-    *[(NO_CRITIC, flag) for flag in ({"lam": 0.9}, {"lam_critic": 0.9}, {"critic": "shared"}, {"critic_lr": 1e-3},
+    *[(NO_CRITIC, flag) for flag in ({"lam": 0.9}, {"lam_critic": 0.9}, {"critic": "shared"},
+                                     {"critic_lr": 1e-3},
                                      {"cliprange_value": 0.2}, {"value_pooling": "mean"}, {"vf_coef": 0.5},
                                      {"gamma": 0.9}, {"norm_adv_by_std": False})],
     ({"adv_estimator": "reinforce_plus_plus"}, {"lam": 0.9}), ({"critic": "separate"}, {"vf_coef": 0.5}),
-    ({"adv_estimator": "grpo", "rollout_n": 2}, {"gamma": 0.9}), ({"adv_estimator": "gae"}, {"norm_adv_by_std": False}),
+    ({"adv_estimator": "grpo", "rollout_n": 2}, {"gamma": 0.9}),
+    ({"adv_estimator": "gae"}, {"norm_adv_by_std": False}),
     ({"kl_ctrl_type": "fixed"}, {"kl_ctrl_target": 0.2}), ({"kl_ctrl_type": "fixed"}, {"kl_ctrl_horizon": 5}),
     ({"kl_ctrl_type": "fixed"}, {"kl_ctrl_unit": "sequence"}), ({"use_kl_loss": True}, {"kl_penalty": "k3"}),
     ({"use_kl_loss": True}, {"kl_ctrl_coef": 0.1}), ({"use_kl_in_reward": False}, {"kl_ctrl_coef": 0.1}),
     ({"use_kl_loss": False}, {"kl_loss_coef": 0.1}), ({"use_kl_loss": False}, {"kl_loss_type": "k2"}),
-    ({"reference": "init"}, {"reference_mix": 0.1}), ({"reward_attribution": "uniform"}, {"attribution_discount": 0.5}),
-    ({"reward_attribution": "terminal"}, {"attribution_discount": 0.5}), ({"total_steps": 5}, {"total_epochs": 2}),
+    ({"reference": "init"}, {"reference_mix": 0.1}),
+    ({"reward_attribution": "uniform"}, {"attribution_discount": 0.5}),
+    ({"reward_attribution": "terminal"}, {"attribution_discount": 0.5}),
+    ({"total_steps": 5}, {"total_epochs": 2}),
     ({"loss_agg_mode": "token-mean"}, {"loss_scale_factor": 9.0}), ({"eval_every": 0}, {"eval_size": 5}),
     ({"eval_every": 0}, {"eval_dataset": "rows.jsonl"})]
 
@@ -413,7 +447,8 @@ def test_the_demos_own_settings_count_as_its_defaults(capsys):
     (7, {}, "use --train_batch_size 7 --ppo_mini_batch_size 1"),
     (1, {}, "use --train_batch_size 1 --ppo_mini_batch_size 1"),
     (64, {"rollout_n": 4}, "use --train_batch_size 64 --ppo_mini_batch_size 16"),
-    (1000, {"train_batch_size": 30, "ppo_mini_batch_size": 8}, "use --train_batch_size 30 --ppo_mini_batch_size 6"),
+    (1000, {"train_batch_size": 30, "ppo_mini_batch_size": 8},
+     "use --train_batch_size 30 --ppo_mini_batch_size 6"),
     (64, {"critic_ppo_mini_batch_size": 32},
      "use --train_batch_size 64 --ppo_mini_batch_size 16 --critic_ppo_mini_batch_size 16")])
 def test_sizes_that_do_not_fit_are_answered_with_sizes_that_do(rows, flags, advice):
@@ -464,8 +499,10 @@ TWO_ROWS = "".join(json.dumps(row) + "\n" for row in ROWS)
     ("--adv_estimator grpo", TWO_ROWS, "rollout_n must be 2 or more"),
     ("--max_response_length 1500", TWO_ROWS, "max_prompt_length + max_response_length = 2524 tokens, but"),
     ("--model missing/folder", TWO_ROWS, "model missing/folder: "),
-    ("--critic_model missing/folder", TWO_ROWS, "model missing/folder: "), ("--model .", TWO_ROWS, "model .: "),
-    ("--use_kl_in_reward True --use_kl_loss", TWO_ROWS, "choose one"), ("--lr nan", TWO_ROWS, "lr cannot be nan"),
+    ("--critic_model missing/folder", TWO_ROWS, "model missing/folder: "),
+    ("--model .", TWO_ROWS, "model .: "),
+    ("--use_kl_in_reward True --use_kl_loss", TWO_ROWS, "choose one"),
+    ("--lr nan", TWO_ROWS, "lr cannot be nan"),
     ("--reward mine.py", TWO_ROWS * 2, "reward mine.py: name the function too"),
     ("--reward rows.jsonl", TWO_ROWS * 2, "model rows.jsonl: "),
     ("--eval_dataset missing.jsonl", TWO_ROWS * 2, "missing.jsonl: "),
@@ -501,8 +538,10 @@ def test_a_missing_demo_asks_for_the_model_flag(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("error", "code", "sentence"), [
     (UsageError("what to mend"), 2, "error: what to mend\n"),
     (ppo_llm.Diverged("not finite"), 2, "error: not finite\n"),
-    (OSError(28, "No space left on device", "output/x"), 2, "error: [Errno 28] No space left on device: 'output/x'\n"),
-    (ppo_llm.torch.OutOfMemoryError("CUDA"), 2, "error: out of memory: lower --micro_batch_tokens or --rollout_slots,"),
+    (OSError(28, "No space left on device", "output/x"), 2,
+     "error: [Errno 28] No space left on device: 'output/x'\n"),
+    (ppo_llm.torch.OutOfMemoryError("CUDA"), 2,
+     "error: out of memory: lower --micro_batch_tokens or --rollout_slots,"),
     (ppo_llm.SafetensorError("header too large"), 2, "error: header too large\n"), (None, 0, "")])
 def test_what_the_user_can_mend_is_a_sentence_and_exit_code_2(command, monkeypatch, error, code, sentence):
     def main(config):
