@@ -102,7 +102,7 @@ def resident(pid: int) -> float:
     return own + sum(resident(int(child)) for child in children)
 
 
-def run_undisturbed(command: list[str], console: Path) -> tuple[list[tuple[int, float]], float]:
+def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list[tuple[int, float]], float]:
     """Resident memory once a second as (step, MiB), and the seconds the run took. Raises if it fails."""
     began = time.monotonic()
     process = launch(command, console)
@@ -110,11 +110,12 @@ def run_undisturbed(command: list[str], console: Path) -> tuple[list[tuple[int, 
     while process.poll() is None:
         time.sleep(1)
         step = last_step(console)
-        if step is not None and "\nevaluation" in console.read_text(errors="replace"):
-            memory.append((step, resident(process.pid)))
+        size = resident(process.pid)
+        if step is not None and step < soak.steps and size > 0:  # the export at the end is another matter
+            memory.append((step, size))
     if process.returncode != 0:
         raise RuntimeError(f"the undisturbed run ended with {process.returncode}: {console.read_text()[-2000:]}")
-    return [(step, size) for step, size in memory if size > 0], time.monotonic() - began
+    return memory, time.monotonic() - began
 
 
 def disturb(process: subprocess.Popen, name: str) -> None:
@@ -173,7 +174,8 @@ def faults(event: dict, soak: Soak) -> list[str]:
     found = []
     if event["traceback"] and soak.processes == 1:
         found.append("a traceback")
-    if name == "none":
+    has_ended = event["step"] == soak.steps and event["exit_code"] == 0  # the signal came after the last step
+    if name == "none" or has_ended:
         if event["exit_code"] != 0:
             found.append(f"exit code {event['exit_code']}")
         return found
@@ -222,8 +224,8 @@ def main(soak: Soak) -> int:
     soak.folder.mkdir(parents=True)
     folder = soak.folder.resolve()
     make_model(folder / "model")
-    memory, seconds = run_undisturbed(
-        make_command(folder / "undisturbed", folder / "model", soak), folder / "console_undisturbed.txt")
+    command = make_command(folder / "undisturbed", folder / "model", soak)
+    memory, seconds = run_undisturbed(command, folder / "console_undisturbed.txt", soak)
     events = run_disturbed(make_command(folder / "disturbed", folder / "model", soak), folder / "disturbed", soak)
     broken = [f"start {event['start']}: {fault}" for event in events for fault in faults(event, soak)]
     different = differences(folder / "undisturbed", folder / "disturbed")
