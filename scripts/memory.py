@@ -3,8 +3,9 @@
     python scripts/memory.py            # prints the tables and writes docs/results/memory/*.csv
     python scripts/memory.py --write    # also puts the tables into docs/memory.md
 
-Nothing here is measured. scripts/gpu_hour.py measures some of these peaks where a GPU is at hand, and prints the counted
-ones beside them. All amounts are of tensors: the CUDA context, the allocator's gaps and workspaces come on top.
+Nothing here is measured. scripts/gpu_hour.py measures some of these peaks where a GPU is at hand, and
+prints the counted ones beside them. All amounts are of tensors: the CUDA context, the allocator's gaps
+and workspaces come on top.
 """
 
 import argparse
@@ -76,8 +77,8 @@ CASES = [
     Case("0.5B", "the same, `--gradient_checkpointing`", lora=True, **CHECKPOINTED, **SMALL),
     Case("1.5B", "defaults"),
     Case("1.5B", "`--gradient_checkpointing`", **CHECKPOINTED),
-    Case("1.5B", "`--lora_rank 64 --gradient_checkpointing --micro_batch_tokens 4096 --rollout_slots 64`", lora=True,
-         **CHECKPOINTED, **SMALL),
+    Case("1.5B", "`--lora_rank 64 --gradient_checkpointing --micro_batch_tokens 4096 --rollout_slots 64`",
+         lora=True, **CHECKPOINTED, **SMALL),
     Case("7B", "`--lora_rank 64 --gradient_checkpointing`", lora=True, **CHECKPOINTED),
     Case("7B", f"the same, {SMALL_FLAGS}", lora=True, **CHECKPOINTED, **SMALL),
     Case("7B", "`--gradient_checkpointing`", **CHECKPOINTED),
@@ -96,7 +97,7 @@ def at_rest(case: Case) -> float:
 
 
 def activations(case: Case) -> float:
-    """Bytes that a training pass keeps for backward; with checkpointing one state per layer, and one layer's inside."""
+    """Bytes kept for backward; with checkpointing one state per layer, and the inside of one layer."""
     shape = SHAPES[case.model]
     whole = shape.activation_bytes * case.micro_batch_tokens
     if not case.gradient_checkpointing:
@@ -152,8 +153,8 @@ def parts_table() -> list[list[str]]:
     per_token = " / ".join(f"{shape.kv_bytes:,}" for shape in shapes)
     megabytes = " / ".join(f"{shape.activation_bytes / 1e6:.2f}" for shape in shapes)
     parts = [
-        ("a trained model at rest: bf16 weights 2, fp32 masters 4, AdamW's two means 8", f"{AT_REST} per weight",
-         [AT_REST * shape.weights for shape in shapes]),
+        ("a trained model at rest: bf16 weights 2, fp32 masters 4, AdamW's two means 8",
+         f"{AT_REST} per weight", [AT_REST * shape.weights for shape in shapes]),
         ("while it is updated: fp32 sum of gradients 4, bf16 gradient of a pass 2", f"{IN_UPDATE} per weight",
          [IN_UPDATE * shape.weights for shape in shapes]),
         ("the reference, bf16", f"{FROZEN} per weight", [FROZEN * shape.weights for shape in shapes]),
@@ -162,7 +163,8 @@ def parts_table() -> list[list[str]]:
         ("activations of 16,384 tokens", f"{megabytes} MB per token", [activations(case) for case in plain]),
         ("the same with `--gradient_checkpointing`: one state per layer, and one layer's inside", "",
          [activations(case) for case in checkpointed]),
-        ("the output head: chunks of 2^26 fp32 logits, six of them alive", "", [HEAD_CHUNKS_ALIVE * HEAD_CHUNK] * 3),
+        ("the output head: chunks of 2^26 fp32 logits, six of them alive", "",
+         [HEAD_CHUNKS_ALIVE * HEAD_CHUNK for _ in shapes]),
         ("fp32 logits of a decode step, 256 rows, four copies", "",
          [STEP_COPIES * 4 * 256 * shape.vocabulary for shape in shapes]),
     ]
@@ -178,24 +180,25 @@ FILES = {"What fits where": "fits.csv", "The parts": "parts.csv"}
 
 def markdown(rows: list[list[str]]) -> str:
     """A table of Markdown, the first row its header."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    lines = ["|" + "|".join(f" {cell} " for cell in cells) + "|" for cells in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines).replace("|  |", "| |")
+    return "\n".join(line.replace("  ", " ") for line in lines)  # an empty cell is one space
 
 
 def put_tables(document: str) -> str:
     """The document with the first table under each heading replaced."""
     for heading, make in TABLES.items():
         before, title, after = document.partition(f"## {heading}\n")
-        after, count = re.subn(r"(?:^\|.*\n)+", lambda found: markdown(make()) + "\n", after, count=1, flags=re.M)
-        if not title or not count:
+        found = re.search(r"(?:^\|.*\n)+", after, re.MULTILINE)
+        if found is None:
             raise ValueError(f"the document has no table under {heading!r}")
-        document = before + title + after
+        document = before + title + after[: found.start()] + markdown(make()) + "\n" + after[found.end() :]
     return document
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/memory.md")
     arguments = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,13 @@
     python scripts/table_hash.py ppo_llm.py                        # the hash of the file as it stands
     python scripts/table_hash.py ppo_llm.py --commit dc3ee96       # as it was in that commit
     python scripts/table_hash.py ppo_llm.py scripts/experiment.py --write docs/results/demo
-    python scripts/table_hash.py ppo_llm.py --write docs/results/kl --commit dc3ee96 --why "the formulas are the same"
+    python scripts/table_hash.py ppo_llm.py --write docs/results/kl --commit dc3ee96 --why "SENTENCE"
 
---write puts the commit and the hashes into made_with.json in the folder of the results, or beside a single table
-(NAME.made_with.json beside NAME.md). Without --commit it is the present commit, whose code must be that of the files:
-commit first, then measure. tests/test_evidence.py compares the hashes with the code that stands; where they differ,
-`why_it_stands` has to say in a sentence why the table is still shown.
+--write puts the commit and the hashes into made_with.json in the folder of the results, or beside a
+single table (NAME.made_with.json beside NAME.md). Without --commit it is the present commit, whose code
+must be that of the files: commit first, then measure. tests/test_evidence.py compares the hashes with
+the code that stands; where they differ, `why_it_stands` has to say in a sentence why the table is still
+shown.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def docstring_lines(source: str) -> set[int]:
 
 
 def code_tokens(source: str) -> list[str]:
-    """The tokens in order; indentation and the ends of statements by name, so that their width does not count.
+    """The tokens in order; indentation and ends of statements by name, so that their width does not count.
 
     An f-string is one token, as in Python 3.11: later versions take it apart, and hashes would differ.
     """
@@ -77,7 +78,7 @@ def code_hash(source: str) -> str:
 
 
 def source_at(file: str, commit: str | None) -> str:
-    """The text of a file as it stands (commit None) or as it was. Raises CalledProcessError if it was not there."""
+    """The text of a file as it stands (commit None), or as it was; CalledProcessError if it was not there."""
     if commit is None:
         return (ROOT / file).read_text()
     git = ["git", "show", f"{commit}:{file}"]
@@ -96,8 +97,10 @@ def evidence_path(results: Path) -> Path:
     return results / "made_with.json"
 
 
-def write_evidence(results: Path, files: list[str], commit: str | None = None, why: str | None = None) -> Path:
-    """Writes which code made the results. Raises SystemExit if the files are not those of the present commit."""
+def write_evidence(
+    results: Path, files: list[str], commit: str | None = None, why: str | None = None
+) -> Path:
+    """Writes which code made the results. Raises SystemExit if the files have changed since the commit."""
     hashes = {file: code_hash(source_at(file, commit)) for file in files}
     if commit is None:
         commit = present_commit()
@@ -113,10 +116,11 @@ def write_evidence(results: Path, files: list[str], commit: str | None = None, w
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("files", nargs="+", help="paths from the repository's root")
     parser.add_argument("--commit", help="the files as they were in this commit")
-    parser.add_argument("--write", type=Path, help="folder of results, or a single table, that the files made")
+    parser.add_argument("--write", type=Path, help="folder of results, or a table, that the files made")
     parser.add_argument("--why", help="why the table stands although the code has changed: one sentence")
     arguments = parser.parse_args()
     for file in arguments.files:

@@ -1,4 +1,4 @@
-"""Every folder of results names the code that made it; where that code has changed, it says why it still stands."""
+"""Every folder of results names the code that made it, and says why it stands where that code has changed."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def problem(evidence: dict) -> str | None:
         return "a hash has not 16 hexadecimal digits"
     changed = outdated(evidence)
     if changed and not evidence.get("why_it_stands", "").strip():
-        return f"{', '.join(changed)} has changed since: make the table again, or say why it stands (table_hash.py)"
+        return f"{', '.join(changed)} has changed since: make the table again, or say why it stands"
     return None
 
 
@@ -83,9 +83,13 @@ def test_every_evidence_belongs_to_a_table():
 
 
 @pytest.mark.parametrize("old, new", [
-    ("  # rounded", ""), ('"""Of a circle."""', '"""Of a disc,\n\n    in square metres."""'),
-    ('"""What it does."""\n', ""), ('    """Of a circle."""\n', ""), ("        radius = 0", "          radius = 0"),
-    ("import math\n\n\n", "import math\n"), ("if radius < 0:", "if radius < 0:  # impossible\n"),
+    ("  # rounded", ""),
+    ('"""Of a circle."""', '"""Of a disc,\n\n    in square metres."""'),
+    ('"""What it does."""\n', ""),
+    ('    """Of a circle."""\n', ""),
+    ("        radius = 0", "          radius = 0"),
+    ("import math\n\n\n", "import math\n"),
+    ("if radius < 0:", "if radius < 0:  # impossible\n"),
 ])
 def test_comments_docstrings_and_layout_do_not_change_the_hash(old, new):
     assert SOURCE.count(old) == 1
@@ -93,7 +97,8 @@ def test_comments_docstrings_and_layout_do_not_change_the_hash(old, new):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("radius < 0", "radius <= 0"), ("radius**2", "radius ** 3"), (".{2}f", ".{3}f"), ("math.pi *", "math.pi +"),
+    ("radius < 0", "radius <= 0"), ("radius**2", "radius ** 3"), (".{2}f", ".{3}f"),
+    ("math.pi *", "math.pi +"),
     ("    return", "        return"), ("radius = 0", "radius = 0.0"),
 ])
 def test_changed_code_changes_the_hash(old, new):
