@@ -1,201 +1,207 @@
 """Proximal Policy Optimization for language models: the whole algorithm in one file.
 
-    python ppo_llm.py                                       # bundled demo: 5 minutes on a laptop, downloads nothing
+    python ppo_llm.py                                       # bundled demo on a laptop, downloads nothing
     python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct    # GSM8K with the published settings, on a GPU
-    python ppo_llm.py --adv_estimator grpo --rollout_n 8 --train_batch_size 16     # no critic: groups of 8 responses
+    python ppo_llm.py --adv_estimator grpo --rollout_n 8 --train_batch_size 16    # no critic, groups of 8
 
     for step in range(total_steps):
-        rollout = generate(policy, prompts)                             responses and their old_logprobs
-        scores = reward(prompts, responses, answers)                    one number per response
-        rewards = compute_rewards(scores, kl, kl_coef)                  on the last token, minus kl_coef * kl per token
-        advantages, returns = compute_advantages(rewards, values)       GAE, or critic-free baselines
+        rollout = generate(policy, prompts)                          responses and their old_logprobs
+        scores = reward(prompts, responses)                          one number per response
+        rewards = compute_rewards(scores, kl, kl_coef)               on the last token, minus kl_coef * kl
+        advantages, returns = compute_advantages(rewards, values)    GAE, or critic-free baselines
         for epoch, mini_batch in rollout:
             critic_loss = clipped_value_loss(values, old_values, returns)
-            actor_loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy (+ kl)
-        kl_controller.update(kl)                                        adaptive KL, when asked
+            actor_loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy
+        kl_controller.update(kl)                                     adaptive KL, when asked
 
-Shapes: B sequences, T response tokens, N response tokens of a micro-batch in one row, H hidden size, V vocabulary.
-[B, T] tensors are fp32, right-padded, 0 where `mask` is 0; index t of values and logprobs is the state before token t.
+Options, formulas, models, rollout, update and main are the algorithm; what every training script needs
+(checks, data, rewards, logs) comes after them.
+
+Shapes: B responses, T response tokens, N response tokens of a micro-batch in one row, H hidden size,
+V vocabulary. [B, T] tensors are fp32, right-padded, 0 where `mask` is 0; index t of values and logprobs is
+the state before token t.
 
 Where this differs from the papers and from other code, on purpose:
-1. A loss is a weighted sum whose weights are known before the mini-batch is cut (`loss_weights`): micro-batch size and
-   padding change memory and speed, never the result. Policy, value, entropy and KL losses share the weights.
-2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, before the first update.
-3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature, never truncated.
-4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl and TRL).
+1. A loss is a weighted sum whose weights are known before the mini-batch is cut (`loss_weights`):
+   micro-batch size and padding change memory and speed, never the result. Policy, value, entropy and KL
+   losses share the weights.
+2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, at first.
+3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature; no top-p,
+   no top-k.
+4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl
+   and TRL).
 5. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
-6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no random-number state.
+6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no
+   random-number state.
+7. Where log-probs are scored anew (bf16, or a rollout hook), tokens are weighted by truncated importance
+   sampling (`importance_weights`); the published GSM8K run had none. --rollout_is_cap None turns it off.
 """
 
+import argparse
+import contextlib
 import copy
-import difflib
+import fcntl
+import functools
+import gzip
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+import traceback
+import typing
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import datasets
-import jinja2
 import pandas
 import torch
 import transformers
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
-OUR_MEASURES = """score score_std kl kl_sequence kl_coef accuracy accuracy_flexible standard_error
-    standard_error_flexible failed""".split()  # of a reward, so no names for what a reward function measures
-STRUCTURE = ("critic", "adv_estimator", "dtype", "lora_rank", "lora_alpha", "lora_target")  # a checkpoint depends on it
-LOGPROBS, ENTROPY, VALUES, FULL_KL = range(4)  # what forward() returns
-STOP: list[int] = []  # holds the SIGTERM that ends the run after its step, with a checkpoint
-CHECK_EVERY = 8  # tokens decoded between two looks at which rows have finished
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
 KLLoss = Literal[KLPenalty, "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
-Estimator = Literal["gae", "grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+Estimator = Literal[
+    "gae", "grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+STOP: list[int] = []  # the signals that have asked the run to stop
 
 
 class UsageError(Exception):
     """What the user can mend: shown as one sentence, exit code 2."""
 
 
-# ---- Config. Defaults: the published GSM8K run (verl, Qwen2.5-0.5B-Instruct). DEMO runs without --model --------------
+class Diverged(UsageError):
+    """The numbers of the run are not finite any more: nothing is saved, the last checkpoint stays."""
+
+
+# ---- Options ---------------------------------------------------------------------------------------------
+# The defaults are the published GSM8K run (verl, Qwen2.5-0.5B-Instruct). Without --model, DEMO runs.
 
 
 @dataclass
 class Config:
     # Run
-    seed: int = 1  # seeds the prompt order, the sampling, the shuffles and the value head
-    output_dir: str | None = None  # the run's folder; None: output/ppo_llm-DATASET-seedN-TIME
-    resume: str = "auto"  # auto (continue what is in output_dir), never, must, or the path of a checkpoint
-    device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # bfloat16 keeps fp32 masters; auto: by device
-    deterministic: bool = False  # only deterministic kernels; slower on a GPU
+    seed: int = 1  # Seed of the prompt order, the sampling, the shuffles and the LoRA adapters.
+    output_dir: str | None = None  # Folder of the run, continued if it holds one; None: output/NAME-TIME.
+    resume: str | None = None  # Start from the weights, optimizer and step of this other run or checkpoint.
+    device: str = "auto"  # Device: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 or mps.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Of the weights; auto: bfloat16 on cuda.
     # Models
-    model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # a Hugging Face name or folder; without this flag, the demo
-    critic: Literal["separate", "shared", "adapter"] = "separate"  # own model; head on the policy; own LoRA adapter
-    critic_model: str | None = None  # the separate critic starts from it, head too if a reward model; None: the policy
-    value_head_init: Literal["zero", "normal"] = "zero"  # zero: V starts at 0; normal: N(0, 0.02), noise of +-10
-    value_pooling: Literal["last", "mean"] = "last"  # the critic reads the last hidden state, or the mean of all so far
-    reference: Literal["init", "previous", "mixed"] = "init"  # KL to the start, the policy of this rollout, or mixed
-    reference_mix: float = 0.5  # weight of the previous policy in reference mixed
-    lora_rank: int | None = None  # train LoRA adapters of this rank on the frozen policy (pip install peft); None: all
-    lora_alpha: float | None = None  # an adapter counts lora_alpha / lora_rank times; None: twice
-    lora_target: str = "all-linear"  # layers that get one: all-linear (but the output head), or names with commas
-    merge_lora: bool = False  # export a plain model too, in fp32 (bf16 would round the adapter away)
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, about 30 % slower
-    trust_remote_code: bool = False  # run Python code that comes with a model repository
+    model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # Hugging Face name or folder; without this flag the demo runs.
+    critic: Literal["separate", "shared"] = "separate"  # A model of its own, or a value head on the policy.
+    critic_model: str | None = None  # Start of the separate critic and of its value head; None: the policy.
+    value_pooling: Literal["last", "mean"] = "last"  # Hidden states that the value head reads.
+    reference: Literal["init", "previous", "mixed"] = "init"  # Policy that the KL is measured against.
+    reference_mix: float = 0.5  # Weight of the previous policy in reference mixed.
+    lora_rank: int | None = None  # Rank of the LoRA adapters that are trained; None: train all weights.
+    lora_alpha: float | None = None  # An adapter counts lora_alpha / lora_rank times; None: twice.
+    lora_target: str = "all-linear"  # Layers that get an adapter: all-linear, or names with commas.
+    gradient_checkpointing: bool = False  # Recompute activations in backward: less memory, about 30 % slower.
+    trust_remote_code: bool = False  # Run Python code that comes with a model repository.
     # Data
-    dataset: str = "openai/gsm8k"  # demo, a Hub name NAME[:CONFIG[:SPLIT]], or a json, jsonl, csv or parquet file
-    eval_dataset: str | None = None  # the same; None: the test split of demo and gsm8k, otherwise no evaluation
-    prompt_column: str | None = None  # None: question, instruction (+ input), prompt or messages
-    answer_column: str | None = None  # None: answer or output, where there is one
-    system_prompt: str | None = None  # put before every prompt as a system turn
-    max_prompt_length: int = 1024  # tokens
-    overlong_prompt: Literal["drop", "truncate_left", "error"] = "drop"  # longer training prompts; evaluation truncates
+    dataset: str = "openai/gsm8k"  # demo, a file, or a name of the Hub: NAME[:CONFIG[:SPLIT]].
+    eval_dataset: str | None = None  # The same; None: the test split of demo or gsm8k, else none.
+    prompt_column: str | None = None  # None: question, instruction, prompt, messages or conversations.
+    answer_column: str | None = None  # None: answer, output, ground_truth, reward_model, or none.
+    system_prompt: str | None = None  # Put before every prompt as a system turn.
+    max_prompt_length: int = 1024  # Tokens; longer training prompts are dropped, evaluation prompts cut.
     # Reward
-    reward: str = "gsm8k"  # gsm8k (strict match), FILE.py:function(prompts, responses, answers), or a reward model
-    reward_timeout: float = 300.0  # seconds a function may take to score a batch; then its process is killed
-    reward_env: str = ""  # names, with commas, of the environment variables a function may see; it sees no other
-    failed_score: float | None = None  # for responses a function fails on, which are counted; None: end with an error
-    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # where the score goes
-    attribution_discount: float = 0.95  # discounted: weight of a token relative to the next one
-    missing_eos_penalty: float | None = None  # applied to the score of a response that was cut; None: no rule
-    missing_eos_mode: Literal["subtract", "replace", "scale"] = "subtract"  # score - p, -p, or score * p
-    overlong_buffer: int = 0  # score falls linearly by 1 over the last N tokens before the limit (DAPO)
-    score_clip: float | None = None  # clip scores to [-c, c]
-    whiten_rewards: bool = False  # scale the token rewards to unit variance, keeping their mean
-    # KL against the reference policy
-    use_kl_in_reward: bool | None = None  # None: unless use_kl_loss
-    kl_penalty: KLPenalty = "k1"  # estimator in the reward; only k1 gives the gradient of KL(policy, reference)
-    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # adaptive: the coefficient is steered towards kl_ctrl_target
-    kl_ctrl_coef: float = 0.001  # coefficient of the KL in the reward; 0: no reference model is loaded
-    kl_ctrl_target: float | None = None  # KL to hold; None: 0.1 per token, 6.0 per sequence
-    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # of the target: mean per token (verl) or sum per sequence
-    kl_ctrl_horizon: int = 10000  # responses over which the coefficient moves by at most 20 %
-    use_kl_loss: bool = False  # KL as a term of the actor's loss instead of the reward
-    kl_loss_coef: float = 0.001  # its coefficient (adaptive too, when kl_ctrl_type is)
-    kl_loss_type: KLLoss = "k3+"  # estimator in the loss; k2, full and the + forms have the right gradient
+    reward: str = "gsm8k"  # gsm8k, FILE.py:function(prompts, responses, answers), or a reward model.
+    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # Where the score goes.
+    attribution_discount: float = 0.95  # Discounted: weight of a token relative to the next one.
+    missing_eos_penalty: float | None = None  # Subtracted from the score of a response that was cut.
+    # KL
+    use_kl_in_reward: bool | None = None  # KL as a part of the reward; None: unless use_kl_loss.
+    kl_penalty: KLPenalty = "k1"  # Estimator in the reward; only k1 has the right gradient there.
+    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # Whether the coefficient is steered.
+    kl_ctrl_coef: float = 0.001  # Coefficient of the KL in the reward; 0: no reference model is loaded.
+    kl_ctrl_target: float | None = None  # KL that adaptive holds; None: 0.1 per token, 6.0 per sequence.
+    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # Unit of kl_ctrl_target.
+    kl_ctrl_horizon: int = 10000  # Responses over which the coefficient moves by at most 20 %.
+    use_kl_loss: bool = False  # KL as a term of the actor's loss instead of the reward.
+    kl_loss_coef: float = 0.001  # Its coefficient (steered too, when kl_ctrl_type is adaptive).
+    kl_loss_type: KLLoss = "k3+"  # Estimator in the loss; k2, full and the + forms have the right gradient.
     # Rollout
-    train_batch_size: int = 256  # prompts per step
-    rollout_n: int = 1  # responses per prompt
-    max_response_length: int = 512  # tokens
-    temperature: float = 1.0  # divides the logits, in sampling and in every log-probability
-    top_p: float = 1.0  # nucleus sampling; below 1 the log-probs are still of the untruncated policy
-    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
-    rollout_slots: int = 256  # responses generated at a time
+    train_batch_size: int = 256  # Prompts per step.
+    rollout_n: int = 1  # Responses per prompt.
+    max_response_length: int = 512  # Tokens.
+    temperature: float = 1.0  # Divides the logits, in sampling and in every log-probability.
+    rollout: str = "builtin"  # builtin, or FILE.py:generate(model, prompts, stop_ids, config, generator).
+    rollout_slots: int = 256  # Responses generated at a time; changes memory and speed only.
+    rollout_is_cap: float | None = 2.0  # Cap of the weights where log-probs are scored anew; None: off.
     # Advantage
-    adv_estimator: Estimator = "gae"  # gae needs a critic, the others none
-    gamma: float = 1.0  # discount per token
-    lam: float = 1.0  # GAE lambda
-    lam_critic: float | None = None  # another lambda for the returns the critic learns (VC-PPO); None: lam
-    length_adaptive_alpha: float | None = None  # lambda = 1 - 1/(alpha * length) for the actor (VAPO; 0.05); None: lam
-    norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO)
-    whiten_advantages: bool | None = None  # over all tokens of the rollout; None: as the estimator is defined
+    adv_estimator: Estimator = "gae"  # gae needs a critic, the others none.
+    gamma: float = 1.0  # Discount per token.
+    lam: float = 1.0  # GAE lambda.
+    lam_critic: float | None = None  # Another lambda for the returns (VC-PPO); None: lam.
+    norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO).
+    whiten_advantages: bool | None = None  # Over the rollout; None: as the estimator is defined.
     # Loss
-    clip_ratio: float = 0.2  # the ratio new/old is clipped to 1 +- this
-    clip_ratio_low: float | None = None  # lower side; None: clip_ratio
-    clip_ratio_high: float | None = None  # upper side; None: clip_ratio
-    clip_ratio_c: float | None = 3.0  # dual clip: bound on the ratio where the advantage is negative; None: off
-    cliprange_value: float | None = 0.5  # values move at most this far from the old ones; None: off
-    vf_coef: float = 0.1  # weight of the value loss when critic is shared
-    entropy_coeff: float = 0.001  # weight of the entropy bonus
-    loss_agg_mode: Aggregation = "token-mean"  # how the losses of tokens become one number
-    loss_scale_factor: float | None = None  # divisor of seq-mean-token-sum-norm; None: max_response_length
+    clip_ratio: float = 0.2  # The ratio new/old is clipped to 1 +- this.
+    clip_ratio_low: float | None = None  # Lower side; None: clip_ratio.
+    clip_ratio_high: float | None = None  # Upper side; None: clip_ratio.
+    clip_ratio_c: float | None = 3.0  # Dual clip: bound where the advantage is negative; None: off.
+    cliprange_value: float | None = 0.5  # Values move at most this far from the old ones; None: off.
+    vf_coef: float = 0.1  # Weight of the value loss when critic is shared.
+    entropy_coeff: float = 0.001  # Weight of the entropy bonus.
+    loss_agg_mode: Aggregation = "token-mean"  # How the losses of tokens become one number.
+    loss_scale_factor: float | None = None  # Divisor of seq-mean-token-sum-norm; None: max_response_length.
     # Optimization
-    total_epochs: int = 15  # passes over the data set
-    total_steps: int | None = None  # steps (rollout + update); None: from total_epochs
-    ppo_epochs: int = 1  # passes over each rollout
-    ppo_mini_batch_size: int = 64  # responses per optimizer step
-    critic_ppo_epochs: int | None = None  # passes of the critic; None: ppo_epochs
-    critic_ppo_mini_batch_size: int | None = None  # responses per step of the critic; None: ppo_mini_batch_size
-    ppo_micro_batch_size: int | None = None  # responses per forward and backward; None: no such limit
-    micro_batch_tokens: int = 16384  # tokens per pass; changes memory and speed only
-    lr: float = 1e-6  # learning rate of the policy
-    critic_lr: float = 1e-5  # learning rate of the critic or of the value head
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up; linear and cosine end at 0
-    warmup_steps: int = 0  # steps (rollout + update) of linear warm-up
-    weight_decay: float = 0.01  # of AdamW
-    grad_clip: float = 1.0  # gradient norm is clipped to this
-    early_stop_kl: float | None = None  # end the actor's update when a mini-batch's approx_kl passes this
-    critic_warmup: int = 0  # first steps in which only the critic learns
-    critic_early_stop: bool = False  # end the critic's epochs when the value loss on a held-out tenth stops falling
-    # Evaluation, logs, checkpoints
-    eval_every: int = 10  # steps between greedy evaluations (also before the first step and at the end); 0: never
-    eval_size: int | None = None  # evaluation rows; None: all
-    eval_only: bool = False  # evaluate the model and exit
-    print_samples: int = 2  # responses written to samples.jsonl per rollout and per evaluation
-    save_every: int = 50  # steps between checkpoints; 0: only the final model
-    save_total_limit: int = 2  # newest checkpoints that are kept
-    track: Literal["none", "wandb", "trackio"] = "none"  # also send the metrics there (pip install it first)
+    total_epochs: int = 15  # Passes over the data set.
+    total_steps: int | None = None  # Steps (rollout + update); 0: only evaluate; None: from total_epochs.
+    ppo_epochs: int = 1  # Passes over each rollout.
+    ppo_mini_batch_size: int = 64  # Responses per optimizer step.
+    critic_ppo_epochs: int | None = None  # Passes of the critic; None: ppo_epochs.
+    critic_ppo_mini_batch_size: int | None = None  # The same for the critic; None: ppo_mini_batch_size.
+    micro_batch_tokens: int = 16384  # Tokens per pass, padding included; changes memory and speed only.
+    lr: float = 1e-6  # Learning rate of the policy.
+    critic_lr: float = 1e-5  # Learning rate of the critic or of the value head.
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # After the warm-up.
+    warmup_steps: int = 0  # Steps (rollout + update) of linear warm-up.
+    weight_decay: float = 0.01  # Weight decay of AdamW.
+    grad_clip: float = 1.0  # The norm of a gradient is clipped to this.
+    early_stop_kl: float | None = None  # Ends the actor's update when approx_kl of a mini-batch passes this.
+    critic_warmup: int = 0  # First steps in which only the critic learns.
+    critic_early_stop: bool = False  # End the critic's epochs when its held-out loss stops falling.
+    # Evaluation
+    eval_every: int = 10  # Steps between evaluations (greedy; also at the start and end); 0: never.
+    eval_size: int | None = None  # Evaluation rows; None: all.
+    save_every: int = 50  # Steps between checkpoints; 0: only at the end.
+    save_total_limit: int = 2  # Newest checkpoints that are kept.
+    track: Literal["none", "wandb"] = "none"  # Also send the metrics there.
 
     @property
     def rollout_size(self) -> int:  # B, responses per step
@@ -206,927 +212,38 @@ class Config:
         return self.adv_estimator == "gae"
 
     @property
-    def on_policy(self) -> bool:  # one optimizer step per rollout: the old policy is the current one
-        return self.ppo_epochs == 1 and self.ppo_mini_batch_size == self.rollout_size
-
-    @property
     def kl_in_reward(self) -> bool:
         return not self.use_kl_loss if self.use_kl_in_reward is None else self.use_kl_in_reward
 
     @property
     def kl_coef(self) -> float:  # at the start; 0: no KL is used and no reference model is needed
-        return self.kl_loss_coef if self.use_kl_loss else self.kl_ctrl_coef if self.kl_in_reward else 0.0
+        if self.use_kl_loss:
+            return self.kl_loss_coef
+        return self.kl_ctrl_coef if self.kl_in_reward else 0.0
 
     @property
     def kl_kind(self) -> str:  # estimator of the KL in use
         kind = self.kl_loss_type if self.use_kl_loss else self.kl_penalty
         return KL_ALIASES.get(kind, kind)
 
+    @property
+    def kl_metric(self) -> str:  # what the controller looks at
+        return "reward/kl_sequence" if self.kl_ctrl_unit == "sequence" else "reward/kl"
 
-DEMO = Config(model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=60, train_batch_size=128, ppo_epochs=2,
-              ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
+    @property
+    def kl_target(self) -> float | None:  # None: the coefficient is fixed
+        if self.kl_ctrl_type == "fixed":
+            return None
+        usual = 6.0 if self.kl_ctrl_unit == "sequence" else 0.1
+        return self.kl_ctrl_target or usual
 
 
-def check_config(c: Config) -> None:
-    """Refuses what cannot work, before anything is loaded. Raises UsageError."""
-    own = [x for x in "model ppo_epochs ppo_mini_batch_size warmup early_stop".split() if vars(c)[f"critic_{x}"]]
-    adaptive, size = c.kl_ctrl_type == "adaptive", c.rollout_size
-    given = {name: x for name, x in vars(c).items() if type(x) in (int, float)}  # positive, unless it is named here:
-    exempt = """seed failed_score missing_eos_penalty vf_coef entropy_coeff overlong_buffer reference_mix gamma lam
-        lam_critic""".split()
-    at_most_1 = "reference_mix gamma lam lam_critic attribution_discount top_p".split()
-    may_be_0 = """kl_ctrl_coef kl_loss_coef top_k lr critic_lr warmup_steps critic_warmup eval_every save_every
-        clip_ratio clip_ratio_low clip_ratio_high weight_decay print_samples""".split()
-    refused = [(not math.isfinite(x), f"{name} must be finite") for name, x in given.items()]
-    refused += [(not x > 0, f"{name} must be positive") for name, x in given.items() if name not in may_be_0 + exempt]
-    refused += [(not given.get(name, 0) >= 0, f"{name} must not be negative") for name in may_be_0]
-    refused += [(not 0 <= given.get(name, 0) <= 1, f"{name} must lie between 0 and 1") for name in at_most_1]
-    refused += [
-        (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c bounds the ratio and must exceed 1"),
-        (not 0 <= c.overlong_buffer <= c.max_response_length, "overlong_buffer must lie within max_response_length"),
-        (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward and use_kl_loss: one replaces the other, choose one"),
-        (c.reference == "previous" and (not c.use_kl_loss or adaptive),
-         "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
-        (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
-        (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
-        (c.critic == "shared" and own, "critic shared has one optimizer: only critic_lr applies to its critic"),
-        (c.critic == "adapter" and "model" in own, "critic adapter grows on the policy: critic_model does not apply"),
-        (not c.lora_rank and (c.critic == "adapter" or c.merge_lora or c.lora_alpha or c.lora_target != "all-linear"),
-         "critic adapter, merge_lora, lora_alpha and lora_target need lora_rank"),
-        (not c.uses_critic and own, f"adv_estimator {c.adv_estimator} has no critic: no critic_* flag applies"),
-        (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
-         f"adv_estimator {c.adv_estimator} compares responses to the same prompt: rollout_n must be at least 2"),
-        (size % max(c.ppo_mini_batch_size, 1) or size % max(c.critic_ppo_mini_batch_size or 1, 1),
-         f"train_batch_size * rollout_n = {size} responses must divide into mini-batches: ppo_mini_batch_size ="
-         f" {c.ppo_mini_batch_size}, critic_ppo_mini_batch_size = {c.critic_ppo_mini_batch_size}"),
-        (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2, "critic_early_stop needs 2 critic epochs"),
-    ]
-    for wrong, sentence in refused:
-        if wrong:
-            raise UsageError(sentence)
-    warn_of_unsound(c)
+DEMO = Config(
+    model=str(HERE / "assets" / "demo"), dataset="demo", total_steps=25, train_batch_size=128, ppo_epochs=2,
+    ppo_mini_batch_size=32, max_response_length=64, lr=3e-5, critic_lr=3e-4, lam=0.95, weight_decay=0.0)
 
 
-def warn_of_unsound(c: Config) -> None:
-    """What is allowed, but does not do what one would expect."""
-    if c.kl_coef and c.kl_in_reward and c.kl_kind != "k1":
-        warn(f"kl_penalty {c.kl_kind}: in the reward only k1 gives the gradient of KL(policy, reference)")
-    if c.kl_coef and c.use_kl_loss and c.kl_kind in ("k1", "abs", "k3"):
-        warn(f"kl_loss_type {c.kl_kind} lacks the gradient of KL(policy, reference): k1's is 0, k3's of the reverse KL")
-    if c.top_p < 1 or c.top_k > 0:
-        warn("top_p and top_k truncate the sampling, log-probs stay those of the whole policy: KL may turn negative")
-
-
-def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
-
-
-def clock_now() -> float:
-    """Seconds, when the device has done what it was given: a phase is charged for its own work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def seeded(device: torch.device | str, *parts) -> torch.Generator:
-    """A generator that depends on nothing but its arguments, such as (seed, "sampling", step)."""
-    return torch.Generator(device).manual_seed(int(hashlib.sha256(repr(parts).encode()).hexdigest()[:14], 16))
-
-
-# ---- Data and rewards -----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Example:
-    text: str  # what the user asks
-    answer: str  # ground truth; "" where the data set has none
-    prompt: list[int]  # token ids, ending where the response begins
-    messages: list[dict] = field(default_factory=list)  # the conversation so far, as a reward model reads it
-
-
-def read_rows(source: str, split: str) -> list[dict]:
-    """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError with file:line."""
-    path, where = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source), source
-    name, part, named_split = f"{source}::".split(":", 2)
-    try:
-        if path.suffix == ".jsonl":
-            rows = []
-            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-                where = f"{path}:{number}"
-                rows += [json.loads(line)] if line.strip() else []
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_bytes())
-        elif path.suffix in (".csv", ".parquet"):
-            rows = datasets.load_dataset(path.suffix[1:], data_files=source, split="train").to_list()
-        else:
-            part = part or ("main" if name.endswith("gsm8k") else None)
-            rows = datasets.load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
-    except Exception as error:  # whatever the reader says, the user can only mend the source
-        raise UsageError(f"{where}: {error.__cause__ or error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{source}: {'rows must be objects' if rows else 'no rows'}")
-    return rows
-
-
-def find_column(columns: list[str], wanted: str | None, usual: str, needed: bool, source: str) -> str:
-    """The wanted column, else the first usual one, else "". Raises UsageError with the columns present."""
-    names = [wanted] if wanted else usual.split()
-    found = [name for name in names if name in columns]
-    if not found and (wanted or needed):
-        near = "".join(f" (is it {x}?)" for x in difflib.get_close_matches(names[0], columns, n=1))
-        raise UsageError(f"{source}: no column {' or '.join(names)}; there are {', '.join(columns)}{near}")
-    return found[0] if found else ""
-
-
-def render_prompt(messages: list[dict], tokenizer) -> list[int]:
-    """Token ids of a conversation, up to where the assistant begins to speak."""
-    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # a prompt has not ended
-
-
-def make_examples(rows: list[dict], tokenizer, config: Config, source: str, training: bool) -> list[Example]:
-    """Rows -> examples. GSM8K rows (`question`) get verl's instruction. Evaluation rows are cut, never dropped."""
-    columns, is_gsm8k = list(rows[0]), config.reward == "gsm8k"
-    prompt_column = find_column(columns, config.prompt_column, "question instruction prompt messages", True, source)
-    answer_column = find_column(columns, config.answer_column, "answer output", is_gsm8k, source)
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-    mode = config.overlong_prompt if training else "truncate_left"
-    limit, overlong, examples = config.max_prompt_length, 0, []
-    for number, row in enumerate(rows, 1):
-        messages, answer = row.get(prompt_column), row.get(answer_column)
-        if isinstance(answer, float):  # a CSV column with gaps: 18 has become 18.0, a gap NaN
-            answer = int(answer) if answer.is_integer() else None if math.isnan(answer) else answer
-        answer = "" if answer is None else str(answer)
-        if "####" in answer or is_gsm8k:
-            answer = answer.split("####")[-1].strip().replace(",", "")
-        if isinstance(messages, str) and messages.strip():
-            extra = f" {GSM8K_INSTRUCTION}" if prompt_column == "question" else ""
-            extra += f"\n{row['input']}" if prompt_column == "instruction" and row.get("input") else ""
-            messages = [{"role": "user", "content": messages + extra}]
-        texts = [m.get("content") for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-        if not texts or len(texts) < len(messages) or not all(texts):
-            raise UsageError(f"{source}: row {number} has no text in column {prompt_column!r}")
-        ids = render_prompt(system + messages, tokenizer)
-        overlong += len(ids) > limit
-        if len(ids) > limit and mode == "error":
-            raise UsageError(f"{source}: row {number} has {len(ids)} tokens, max_prompt_length is {limit}")
-        if len(ids) <= limit or mode == "truncate_left":
-            examples.append(Example(texts[-1], answer, ids[-limit:], system + messages))
-    if overlong:
-        done = "dropped" if mode == "drop" else "truncated on the left"
-        warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
-    return examples
-
-
-def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Example]]:
-    """Training and evaluation examples; the second list is empty if nothing is to be evaluated. Raises UsageError."""
-    name = config.dataset.split(":")[0]
-    eval_source = config.eval_dataset or (name if name in ("demo", "gsm8k", "openai/gsm8k") else None)
-    train = make_examples(read_rows(config.dataset, "train"), tokenizer, config, config.dataset, training=True)
-    if len(train) < config.train_batch_size and not config.eval_only:
-        raise UsageError(f"{config.dataset}: {len(train)} prompts, train_batch_size is {config.train_batch_size}")
-    if eval_source is None and config.eval_only:
-        raise UsageError("eval_only needs an eval_dataset")
-    if eval_source is None or not (config.eval_every or config.eval_only):
-        return train, []
-    rows = read_rows(eval_source, "test")[: config.eval_size]
-    evals = make_examples(rows, tokenizer, config, eval_source, training=False)
-    if common := len({tuple(e.prompt) for e in train} & {tuple(e.prompt) for e in evals}):
-        warn(f"{common} prompts of {config.dataset} are evaluation prompts too")
-    return train, evals
-
-
-def prompt_order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Which examples a step uses: in every epoch a fresh permutation, whose incomplete last batch is left out."""
-    epoch, batch = divmod(step, num_examples // batch_size)
-    order = torch.randperm(num_examples, generator=seeded("cpu", seed, "prompts", epoch)).tolist()
-    return order[batch * batch_size : (batch + 1) * batch_size]
-
-
-def score_gsm8k_strict(response: str, answer: str) -> float:
-    """1 if the last "#### NUMBER" of the last 300 characters is the answer, as a string, commas apart (verl's rule)."""
-    found = re.findall(r"#### (-?[0-9.,]+)", response[-300:])
-    return float(bool(found) and found[-1].replace(",", "") == answer)
-
-
-def score_gsm8k_flexible(response: str, answer: str) -> float:
-    """1 if the number after the last "####", else the last number, equals the answer: 1,000 = $1000 = 1000.00."""
-    number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-    found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
-    try:
-        return float(bool(found) and float(re.sub("[,$]", "", found[-1])) == float(re.sub("[,$]", "", answer)))
-    except ValueError:  # the answer is not a number, or the response has two minus signs
-        return 0.0
-
-
-REWARD_PROCESS = """
-import faulthandler, importlib.util, json, socket, sys, traceback
-number, path, name, *folders = sys.argv[1:]
-sys.path += folders
-connection, function = socket.socket(fileno=int(number)).makefile('rw'), None
-for request in connection:  # until the training ends
-    seconds, *columns = json.loads(request)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)  # whatever it does, and whether or not anyone waits
-    try:
-        if function is None:  # a module with a name, so that the file may use process pools
-            spec = importlib.util.spec_from_file_location('reward_file', path)
-            module = sys.modules['reward_file'] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            function = getattr(module, name, None)
-        if not callable(function):
-            raise NameError(f'there is no function {name}')
-        reply = function(*columns) if columns else []
-        with_metrics = isinstance(reply, tuple) and len(reply) == 2 and isinstance(reply[1], dict)
-        reply = [*(reply if with_metrics else (reply, {})), None]  # arrays and tensors of any library become lists
-        reply = json.dumps(reply, default=lambda x: x.tolist() if hasattr(x, 'tolist') else list(x))
-    except BaseException as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        reply = json.dumps([None, None, f'{error!r} at {place.filename}:{place.lineno}'])
-    print(reply, file=connection, flush=True)
-    faulthandler.cancel_dump_traceback_later()
-"""
-
-
-def end_process(process: subprocess.Popen) -> None:
-    """Kills a process, and what it started, whatever they are doing."""
-    with suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def is_number(x) -> bool:
-    return isinstance(x, (int, float)) and abs(x) < 3e38  # finite, in fp32 too
-
-
-class RewardFunction:
-    """A user's FILE.py:function in a process of its own, which may hang or die; it is no sandbox.
-
-    It sees no environment variables but those of reward_env. The function returns a score per response, or
-    (scores, {metric: a number per response}). Raises UsageError.
-    """
-
-    def __init__(self, spec: str, config: Config):
-        self.spec, self.timeout, self.failed_score = spec, config.reward_timeout, config.failed_score
-        names = {name.strip() for name in config.reward_env.split(",")} - {""}
-        self.environment = {name: os.environ[name] for name in names & set(os.environ)}
-        if absent := names - set(os.environ):
-            warn(f"reward_env: not set are {', '.join(sorted(absent))}")
-        try:
-            self.start()
-        except RuntimeError as error:
-            raise UsageError(f"reward {spec!r} cannot be loaded: {error}") from error
-
-    def start(self) -> None:
-        self.connection, theirs = socket.socketpair()
-        path, _, name = self.spec.rpartition(":")
-        folders = str(Path(path).resolve().parent), str(HERE)  # what it may import from
-        process = subprocess.Popen(
-            [sys.executable, "-uPc", REWARD_PROCESS, str(theirs.fileno()), path, name, *folders],
-            env=self.environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True)
-        theirs.close()
-        self.end = weakref.finalize(self, end_process, process)  # also when self is dropped, and at the exit
-        self.ask(self.timeout)
-
-    def ask(self, seconds: float, *columns: list) -> tuple[list, dict[str, list]]:
-        """Scores and metrics; without columns the function is only loaded. Raises RuntimeError: what went wrong."""
-        if not self.end.alive:
-            self.start()
-        began = time.monotonic()
-        self.connection.settimeout(seconds + 1)  # by then it has said where it hangs, and has ended
-        try:
-            self.connection.sendall(json.dumps([seconds, *columns]).encode() + b"\n")
-            scores, metrics, problem = json.loads(self.connection.makefile("rb").readline())
-        except (OSError, ValueError):
-            late = time.monotonic() - began >= seconds
-            problem = f"no answer within {seconds:g} seconds (reward_timeout)" if late else "its process has ended"
-            self.end()
-        if problem is not None:
-            raise RuntimeError(problem)
-        count = len(columns[0]) if columns else 0
-        if not isinstance(scores, list) or len(scores) != count:
-            raise UsageError(f"reward {self.spec} must return {count} scores, one per response, not {str(scores):.60}")
-        for name, x in metrics.items():
-            if not isinstance(x, list) or len(x) != count or not all(map(is_number, x)):
-                raise UsageError(f"reward {self.spec}: metric {name!r} must be {count} numbers, not {str(x):.60}")
-            if name in OUR_MEASURES or not re.fullmatch(r"\w[\w.-]*", name):
-                raise UsageError(f"reward {self.spec}: a metric cannot have the name {name!r}")
-        return scores, metrics
-
-    def __call__(self, *columns: list) -> tuple[list, dict[str, list]]:
-        """Scores and metrics. With a failed_score, a batch that fails is scored row by row, and what fails is None.
-
-        A row has a tenth of reward_timeout. When more than a tenth has failed, the rest is left out: the run will end.
-        """
-        try:
-            return self.ask(self.timeout, *columns)
-        except RuntimeError as error:
-            if self.failed_score is None:
-                raise UsageError(f"reward {self.spec} failed, at {columns[1][0][:80]!r}: {error}") from error
-        scores, metrics = [], defaultdict(list)
-        for row in zip(*columns, strict=True):
-            try:
-                score, measured = self.ask(self.timeout / 10, *([x] for x in row))
-            except RuntimeError as error:
-                warn(f"reward {self.spec} failed, at {row[1][:80]!r}: {error}")
-                score, measured = [None], {}
-            scores += score
-            for name, x in measured.items():
-                metrics[name] += x
-            if scores.count(None) > max(1, len(columns[0]) // 10):
-                break
-        return scores, metrics
-
-
-def conversation_ids(tokenizer, messages: list[dict], limit: int) -> list[int]:
-    """Token ids of a conversation whose last message is the assistant's; beyond limit, the first ones are dropped."""
-    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
-        return tokenizer.apply_chat_template(messages, return_dict=False)[-limit:]
-    ids, eos = tokenizer("\n".join(message["content"] for message in messages)).input_ids, tokenizer.eos_token_id
-    return (ids if eos is None or ids[-1:] == [eos] else [*ids, eos])[-limit:]
-
-
-def score_conversations(model: nn.Module, sequences: list[list[int]], batch_size: int) -> Tensor:
-    """Scores [B] in fp32 of token sequences by a sequence-classification model; similar lengths share a batch."""
-    order, scores = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), []
-    for start in range(0, len(order), batch_size):
-        rows = [torch.tensor(sequences[i]) for i in order[start : start + batch_size]]
-        pad = min(set(range(len(rows) + 1)) - {int(row[-1]) for row in rows})  # a decoder's head reads the last token
-        model.config.get_text_config().pad_token_id = pad  # that is not this one: no row may end with it
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad).to(model.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(model.device)
-        scores.append(model(input_ids=ids, attention_mask=mask).logits[:, 0].float())
-    return torch.cat(scores)[torch.tensor(order).argsort().to(model.device)]
-
-
-def is_reward_model(name: str, config: Config) -> bool:
-    """Whether a model has a score head instead of an output head. Raises UsageError if it has several scores."""
-    lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    is_classifier = "SequenceClassification" in str(lm_config.architectures)
-    if is_classifier and lm_config.num_labels != 1:
-        raise UsageError(f"{name} has {lm_config.num_labels} outputs, a reward model has one")
-    return is_classifier
-
-
-class RewardModel:
-    """A sequence-classification model with one output, which reads conversations with its own tokenizer."""
-
-    def __init__(self, name: str, config: Config):
-        self.lm = load_lm(name, transformers.AutoModelForSequenceClassification, config)
-        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**20)
-        self.lm.config.use_cache = False
-        self.limit, self.budget = min(context, self.tokenizer.model_max_length), config.micro_batch_tokens
-        probes = ["Yes.", "No, not at all.", "I do not know what you mean.", "42 is the answer to all of this."]
-        system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
-        scores, _ = self([[*system, {"role": "user", "content": "Is it so?"}]] * len(probes), probes, [])
-        print(f"reward model: {name}, {self.limit} tokens (beginnings that exceed them are dropped), every response"
-              f" ended by its chat template or eos; four different responses score {scores}")
-        if len(set(scores)) == 1:
-            warn(f"reward model {name} gives the same score to four different responses")
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[list[dict]], responses: list[str], answers: list[str]) -> tuple[list, dict]:
-        """Scores; and which conversations had to be cut."""
-        talks = [p + [{"role": "assistant", "content": r}] for p, r in zip(prompts, responses, strict=True)]
-        try:
-            ids = [conversation_ids(self.tokenizer, messages, self.limit + 1) for messages in talks]
-        except jinja2.TemplateError as error:
-            raise UsageError(f"the reward model's chat template refuses {str(talks[0]):.200}: {error}") from error
-        longest = min(max(map(len, ids)), self.limit)
-        scores = score_conversations(self.lm, [x[-self.limit :] for x in ids], max(1, self.budget // longest))
-        return scores.tolist(), {"truncated": [float(len(x) > self.limit) for x in ids]}
-
-
-def load_reward(config: Config) -> Callable:
-    """reward(prompts, responses, answers) -> scores, or scores and metrics. Raises UsageError."""
-    if config.reward == "gsm8k":
-        return lambda prompts, responses, answers: list(map(score_gsm8k_strict, responses, answers))
-    if Path(config.reward.rpartition(":")[0]).is_file():
-        return RewardFunction(config.reward, config)
-    reason = "it has no score head"
-    try:
-        if is_reward_model(config.reward, config):
-            return RewardModel(config.reward, config)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    raise UsageError(f"reward {config.reward!r} is neither gsm8k, nor FILE.py:function of a file that exists, nor a"
-                     f" sequence-classification model: {reason}")
-
-
-def score_responses(
-    reward: Callable, examples: list[Example], texts: list[str], failed_score: float | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores [B], and the means of what else the reward measures. Raises UsageError naming a row without a number."""
-    prompts = [e.messages if isinstance(reward, RewardModel) else e.text for e in examples]
-    scores = reward(prompts, texts, [e.answer for e in examples])
-    scores, metrics = scores if isinstance(scores, tuple) else (scores, {})
-    failed = [row for row, x in enumerate(scores) if not is_number(x)]
-    if failed and (failed_score is None or len(failed) > max(1, len(texts) // 10)):
-        row, count = failed[0], f"{len(failed)} of {len(texts)}"
-        raise UsageError(f"the reward failed on {count} responses: {scores[row]!r} for row {row}, {texts[row][:80]!r}")
-    if failed_score is not None:
-        metrics = metrics | {"failed": [row in failed for row in range(len(scores))]}
-    means = {}
-    for name in union_over_ranks(list(metrics)):
-        x = torch.tensor(metrics.get(name, []), dtype=torch.float64)
-        means[name] = masked_mean(x, torch.ones_like(x))
-    return torch.tensor([float(failed_score if row in failed else x) for row, x in enumerate(scores)]), means
-
-
-# ---- Models ---------------------------------------------------------------------------------------------------------
-
-
-class LanguageModel(nn.Module):
-    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear head.
-
-    The head has the dtype of the other weights, and so an fp32 master where they have one; it computes in fp32.
-    """
-
-    def __init__(self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config, adapter: str | None = None):
-        super().__init__()
-        self.lm, self.num_tokens, self.pooling, self.value_head = lm, num_tokens, config.value_pooling, None
-        self.adapter = adapter  # the LoRA adapter it computes with, on a trunk that others may share; None: none
-        self.chooses = adapter != "critic" and lm.get_output_embeddings() is not None  # has token log-probs
-        self.packs, self.engine = True, None
-        self.own_attention = lm.own_attention = getattr(lm, "own_attention", lm.config._attn_implementation)
-        AttentionInterface.register("packed", packed_attention)
-        lm.set_attn_implementation("packed")
-        if with_values:
-            self.value_head = nn.Linear(lm.config.get_text_config().hidden_size, 1, device=lm.device, dtype=lm.dtype)
-            noise = torch.randn(self.value_head.weight.shape, generator=seeded("cpu", config.seed, "value head"))
-            nn.init.zeros_(self.value_head.bias)
-            self.value_head.weight.data.copy_(noise * (0.02 if config.value_head_init == "normal" else 0.0))
-
-    def select_adapter(self) -> None:
-        """Makes the trunk compute with this model's adapter, the only one that gets a gradient, or with none."""
-        if getattr(self.lm, "selected", self.adapter) == self.adapter:
-            return
-        self.lm.selected = self.adapter
-        self.lm.enable_adapters() if self.adapter else self.lm.disable_adapters()
-        if self.adapter:
-            self.lm.set_adapter(self.adapter)
-
-    def hidden(self, ids: Tensor, packed: "Packed") -> Tensor:
-        """Last hidden states [N, H] of packed token ids [N]."""
-        self.select_adapter()
-        if self.packs:
-            inputs = {"input_ids": ids[None], "position_ids": packed.position[None], "use_cache": False}
-            return self.lm.base_model(**inputs, packed=packed).last_hidden_state[0]
-        states, cache = [], packed.cache  # one sequence per pass, with the model's own attention and cache
-        for sequence in ids.split(packed.lengths or 1):
-            past = cache.get("past") if cache is not None and not packed.lengths else None
-            output = self.lm.base_model(sequence[None], past_key_values=past, use_cache=cache is not None)
-            states.append(output.last_hidden_state[0])
-            if cache is not None:
-                cache["past"] = output.past_key_values
-        return torch.cat(states)
-
-    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
-        """fp32 logits [..., num_tokens] of the policy that samples."""
-        config = self.lm.config.get_text_config()
-        logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2; the scales are Cohere's and Granite's
-        logits = logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
-        return logits / temperature
-
-
-def whole_weights(*models: LanguageModel | None) -> AbstractContextManager:
-    """Where weights are used; in ppo_llm_multigpu.py ZeRO-3 gathers them on entry, once for many passes."""
-    return nullcontext()
-
-
-class Learner:
-    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
-
-    def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
-        self.model, self.base_lr, self.grad_clip, self.skipped_steps = model, lr, config.grad_clip, 0
-        model.select_adapter()
-        self.weights = [w for w in model.parameters() if w.requires_grad]
-        # bf16 has 8 bits, too few for steps of 1e-6: masters and sums are fp32
-        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
-        body = sum(w.requires_grad for w in model.lm.parameters())  # then the value head, with its own learning rate
-        groups = [{"params": self.masters[:body], "base_lr": lr}, {"params": self.masters[body:], "base_lr": critic_lr}]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradient of loss to what has been collected since the last step."""
-        self.model.select_adapter()  # a pass of the reference may have come between: checkpointing computes again
-        loss.backward()
-        for weight, master in zip(self.weights, self.masters, strict=True):
-            if weight is not master and weight.grad is not None:
-                master.grad = weight.grad.float() if master.grad is None else master.grad + weight.grad
-                weight.grad = None
-
-    def clip_gradient(self) -> Tensor:
-        """Scales the gradient down to norm grad_clip, and returns the norm it had."""
-        return nn.utils.clip_grad_norm_(self.masters, self.grad_clip)
-
-    @torch.no_grad()
-    def step(self, lr_factor: float, grad_norm: float) -> None:
-        """One AdamW step at lr_factor times the base rates, skipped and counted if the gradient is not finite."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * lr_factor
-        if math.isfinite(grad_norm):
-            self.optimizer.step()
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.data.copy_(master)  # a weight in fp32 is its own master
-        self.skipped_steps += not math.isfinite(grad_norm)
-        self.drop_gradient()
-
-    def drop_gradient(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def export(self, folder: Path, tokenizer, config: Config) -> None:
-        """A plain Hugging Face folder that AutoModelForCausalLM loads; with LoRA, peft's of the adapter, or both."""
-        self.model.select_adapter()
-        own = folder.with_name("adapter") if config.merge_lora else folder
-        self.model.lm.save_pretrained(own)
-        tokenizer.save_pretrained(folder)
-        if config.merge_lora:
-            from peft import PeftModel
-
-            options = {"dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
-            base = AutoModelForCausalLM.from_pretrained(config.model, **options)
-            PeftModel.from_pretrained(base, own).merge_and_unload().save_pretrained(folder)
-
-    def get_state(self, i: int) -> dict[str, Tensor]:
-        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
-        return {"weight": self.masters[i].detach()} | self.optimizer.state.get(self.masters[i], {})
-
-    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
-        master = self.masters[i].data.copy_(state.pop("weight"))
-        self.weights[i].data.copy_(master)
-        self.optimizer.state[self.masters[i]].update((key, x.to(master.device)) for key, x in state.items())
-
-    def save(self, path: Path) -> None:
-        self.model.select_adapter()  # DeepSpeed knows only weights that require a gradient
-        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
-        for i in range(len(self.weights)):
-            tensors |= {f"{i}.{key}": x.cpu().contiguous() for key, x in self.get_state(i).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path)
-
-    @torch.no_grad()
-    def load(self, path: Path) -> None:
-        self.model.select_adapter()
-        tensors, states = load_file(path), defaultdict(dict)
-        self.skipped_steps = int(tensors.pop("skipped_steps"))
-        for name, x in tensors.items():
-            index, key = name.split(".")
-            states[int(index)][key] = x
-        for i in range(len(self.weights)):
-            self.set_state(i, states[i])
-
-
-@dataclass
-class Models:
-    actor: Learner
-    critic: Learner | None  # None: critic-free, or a value head on the actor
-    reference: LanguageModel | None  # None: nothing uses it
-    tokenizer: transformers.PreTrainedTokenizerBase
-    stop_ids: set[int]
-
-
-def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
-    """A pretrained model without dropout: with it the first ratio would not be 1, nor the first KL 0."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
-    lm = auto_class.from_pretrained(name, **options)
-    for module in lm.modules():
-        for key in [key for key, x in vars(module).items() if isinstance(x, float)]:
-            if "drop" in key or isinstance(module, nn.Dropout):
-                setattr(module, key, 0.0)
-    if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return lm.to(device).eval()
-
-
-def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
-    """LoRA (arXiv:2106.09685): beside every target layer W x, alpha / rank * B (A x) with B = 0 at the start."""
-    from peft import LoraConfig
-
-    torch.manual_seed(config.seed)  # peft initialises A from the global generator
-    targets = [target.strip() for target in config.lora_target.split(",")]
-    for target in targets:
-        layers = [layer for name, layer in lm.named_modules() if target and f".{name}".endswith(f".{target}")]
-        if targets != ["all-linear"] and (not layers or lm.get_output_embeddings() in layers):
-            raise UsageError(f"lora_target {target}: no layer has this name, or it is the output head")
-    targets = "all-linear" if targets == ["all-linear"] else targets
-    for name in names:
-        alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
-        try:
-            with warnings.catch_warnings(action="ignore"):  # peft's, that there are two of them
-                lm.add_adapter(lora, name)
-        except ValueError as error:
-            raise UsageError(f"lora_target {config.lora_target}: {error}") from error
-    lm.selected = names[-1]
-
-
-def build_critic(num_tokens: int, config: Config) -> Learner:
-    """The separate critic. A reward model keeps its score head as the value head."""
-    name = config.critic_model or config.model
-    scores = is_reward_model(name, config)
-    lm = load_lm(name, transformers.AutoModelForSequenceClassification if scores else AutoModel, config)
-    critic = LanguageModel(lm.base_model, num_tokens, True, config)
-    if scores:
-        head = getattr(lm, "score", None)
-        if not isinstance(head, nn.Linear):
-            raise UsageError(f"critic_model {name} has no linear score head after its last layer")
-        critic.value_head.load_state_dict(head.state_dict(), strict=False)  # it may have no bias: that stays 0
-    return Learner(critic, config.critic_lr, config.critic_lr, config)
-
-
-def build_models(tokenizer, config: Config) -> Models:
-    lm = load_lm(config.model, AutoModelForCausalLM, config)
-    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows too many
-    eos = lm.generation_config.eos_token_id
-    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    print(f"stop tokens: {' '.join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))}")
-    reference = critic = None
-    own_critic = config.uses_critic and config.critic != "shared" and not config.eval_only
-    if config.lora_rank:
-        add_adapters(lm, ["policy"] + ["critic"] * (own_critic and config.critic == "adapter"), config)
-    if config.kl_coef and config.reference != "previous" and not config.eval_only:
-        frozen = lm if config.lora_rank else copy.deepcopy(lm).requires_grad_(False)
-        reference = LanguageModel(frozen, num_tokens, False, config)
-    if own_critic and config.critic == "separate":
-        critic = build_critic(num_tokens, config)
-    elif own_critic:
-        trunk = LanguageModel(lm, num_tokens, True, config, "critic")
-        critic = Learner(trunk, config.critic_lr, config.critic_lr, config)
-    with_values, adapter = config.uses_critic and config.critic == "shared", "policy" if config.lora_rank else None
-    policy = LanguageModel(lm, num_tokens, with_values, config, adapter)
-    return Models(Learner(policy, config.lr, config.critic_lr, config), critic, reference, tokenizer, stop_ids)
-
-
-# ---- Packed passes and the rollout engine ---------------------------------------------------------------------------
-# Sequences are laid end to end in one row of N tokens, so that no layer computes padding. Only attention has to know
-# where they end: `packed_attention`, registered with transformers, serves three kinds of pass, told apart by `Packed`.
-# Training and scoring: causal attention within each sequence. Prefill: the same, and keys and values are written to the
-# KV slots of the prompts. Decode: one token for each slot, which attends to what its slot holds. Every slot has a write
-# position of its own: a response that has ended makes room for the next prompt while the others go on, and when no
-# prompt is left, the slots still at work move to the front. The host looks at the slots every CHECK_EVERY tokens only.
-# On CUDA a decode step is a graph, captured once for each number of slots and replayed for the rest of the run, as the
-# optimizer changes the weights in place. `check_passes` compares all of it with a plain pass of the model at the start;
-# a model that it does not fit gets one sequence per pass and its own attention: slow, and said.
-
-
-@dataclass
-class Packed:
-    """Where each of the N tokens of a pass belongs."""
-
-    row: Tensor  # [N] its sequence
-    position: Tensor  # [N] in that sequence
-    lengths: list[int]  # tokens of each sequence; empty in decode
-    starts: Tensor | None = None  # [sequences + 1] where each begins, and N; int32
-    cache: dict | None = None  # layer -> keys and values [slots, capacity, heads, D]
-    slot: Tensor | None = None  # [N] KV slot
-    room: tuple[int, int] = (0, 0)  # slots, capacity
-    reach: int = 0  # decode on the CPU: no slot holds more tokens
-
-    @cached_property
-    def place(self) -> Tensor:
-        """[N] where pad() puts each token, in a rectangle laid out row by row."""
-        return self.row * max(self.lengths) + self.position
-
-    @cached_property
-    def parts(self) -> list["Packed"]:
-        """Neighbours of similar length, for attention on the CPU: it computes the padding of a rectangle."""
-        parts, first = [], 0
-        for end in range(1, len(self.lengths) + 1):
-            if end == len(self.lengths) or not 0.8 <= self.lengths[end] / self.lengths[first] <= 1.25:
-                tokens = slice(sum(self.lengths[:first]), sum(self.lengths[:end]))
-                parts.append(Packed(self.row[tokens] - first, self.position[tokens], self.lengths[first:end]))
-                first = end
-        return parts
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [sequences, longest, ...], 0 behind the end of a sequence."""
-        shape = len(self.lengths), max(self.lengths), *x.shape[1:]
-        if len(x) == shape[0] * shape[1]:
-            return x.view(shape)
-        return x.new_zeros(shape).flatten(0, 1).index_copy(0, self.place, x).view(shape)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.place)  # on the CPU its gradient is far cheaper than indexing's
-
-
-def pack(sequences: list[list[int]], device: torch.device) -> tuple[Tensor, Packed]:
-    """Token ids [N] of the sequences, end to end, and where they belong."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    starts = nn.functional.pad(lengths.cumsum(0), (1, 0))
-    row = torch.arange(len(lengths)).repeat_interleave(lengths)
-    position = torch.arange(len(row)) - starts[row]
-    ids = torch.tensor([token for sequence in sequences for token in sequence])
-    ids, row, position, starts = (x.to(device, non_blocking=True) for x in (ids, row, position, starts.int()))
-    return ids, Packed(row, position, lengths.tolist(), starts)
-
-
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
-    sliding_window: int | None = None, packed: Packed | None = None, **others
-) -> tuple[Tensor, None]:
-    """Attention as transformers' AttentionInterface has it: query [1, heads, N, D] -> [1, N, heads, D].
-
-    Raises NotImplementedError for soft-capping, sinks and position biases, which it does not know.
-    """
-    if packed is None or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError(f"packed attention does not fit {type(module).__name__}")
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if packed.cache is not None:
-        if module.layer_idx not in packed.cache:  # the flash kernel reads token by token, the CPU's head by head
-            order = (0, 1, 2, 3) if has_flash(key) else (0, 2, 1, 3)
-            packed.cache[module.layer_idx] = [torch.empty_permuted(
-                (*packed.room, *x.shape[1:]), order, dtype=x.dtype, device=x.device).zero_() for x in (key, value)]
-        keys, values = packed.cache[module.layer_idx]
-        keys[packed.slot, packed.position], values[packed.slot, packed.position] = key, value
-    if not packed.lengths:
-        return attend_to_slots(query, keys, values, packed, scaling, sliding_window)[None], None
-    window = sliding_window
-    if has_flash(query):
-        longest = max(packed.lengths)
-        return flash_attention(query, key, value, packed.starts, packed.starts, max_q=longest, max_k=longest,
-                               scale=scaling, window_size=(window - 1 if window else -1, 0))[None], None
-    outputs, sizes = [], [len(part.row) for part in packed.parts]
-    for part, *inputs in zip(packed.parts, *(x.split(sizes) for x in (query, key, value)), strict=True):
-        q, k, v = (part.pad(x).transpose(1, 2) for x in inputs)  # causal: the padding behind needs no mask
-        mask, longest = None, q.shape[2]
-        if window and longest > window:
-            mask = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
-        outputs.append(part.unpad(out.transpose(1, 2)))
-    return torch.cat(outputs)[None], None
-
-
-def has_flash(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype != torch.float32
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, key_starts: Tensor, **options) -> Tensor:
-    """torch's flash kernel for packed half-precision tensors on CUDA, [N, heads, D]; torch 2.11 to 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # earlier versions take grouped heads unasked
-        options["enable_gqa"] = True
-    return varlen_attn(query, key, value, starts, key_starts, **options)
-
-
-def attend_to_slots(query: Tensor, keys: Tensor, values: Tensor, packed: Packed, scale: float, window: int) -> Tensor:
-    """One query for each of the first slots, [rows, heads, D], against all that its slot holds."""
-    rows, capacity = len(query), packed.room[1]
-    if has_flash(query):
-        starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-        keys, values = keys[:rows].flatten(0, 1), values[:rows].flatten(0, 1)
-        return flash_attention(query, keys, values, starts, starts * capacity, max_q=1, max_k=capacity, scale=scale,
-                               window_size=(window - 1, 0) if window else (-1, -1), seqused_k=packed.position.int() + 1)
-    places, last = torch.arange(packed.reach, device=query.device), packed.position[:, None]
-    seen = (places <= last) & (places > last - (window or capacity))
-    grouped = query.view(rows, keys.shape[2], -1, query.shape[-1])  # heads that share a key: a query of that length
-    keys, values = (x[:rows, : packed.reach].transpose(1, 2) for x in (keys, values))
-    out = nn.functional.scaled_dot_product_attention(grouped, keys, values, seen[:, None, None], scale=scale)
-    return out.reshape(query.shape)
-
-
-def capture(step: Callable, pool) -> Callable:
-    """A CUDA graph of a function without arguments, as a function that replays it."""
-    for _ in range(2):  # kernels are chosen and loaded before the capture
-        step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph.replay
-
-
-class Engine:
-    """KV slots and the responses that grow in them. An idle slot is `done`: it does not move on; nobody reads it."""
-
-    def __init__(self, model, room: tuple[int, int], stop_ids: list[int], limit: int, temperature, top_k, top_p):
-        device, slots = model.lm.device, room[0]
-        self.key = room, stop_ids, limit, temperature, top_k, top_p
-        self.model, self.room, self.limit, self.temperature = model, room, limit, temperature
-        self.warpers = ([TopKLogitsWarper(top_k)] if top_k else []) + ([TopPLogitsWarper(top_p)] if top_p < 1 else [])
-        self.slot, self.stop = torch.arange(slots, device=device), torch.tensor(stop_ids, device=device)
-        self.token, self.position, self.count = (torch.zeros_like(self.slot) for _ in range(3))
-        self.done = torch.ones_like(self.slot, dtype=torch.bool)
-        self.logprobs = torch.zeros(slots, self.limit + 1, device=device)  # the last column is for idle slots
-        self.tokens, self.noise = self.logprobs.long(), self.logprobs.clone()
-        self.cache, self.replays, self.greedy = {}, {}, False
-        if device.type == "cuda" and model.packs:
-            self.capture()
-
-    def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
-        """Reads prompts into idle slots and chooses the first token of each response."""
-        slot, (ids, packed) = torch.tensor(slots, device=self.slot.device), pack(prompts, self.slot.device)
-        packed.cache, packed.room, packed.slot = self.cache, self.room, slot[packed.row]
-        self.position[slot], self.count[slot], self.done[slot] = packed.starts.diff().long(), 0, False
-        self.greedy = noise is None
-        if noise is not None:
-            self.noise[slot, : self.limit] = noise
-        self.choose(self.model.hidden(ids, packed)[packed.starts[1:] - 1], slot)
-
-    def step(self, rows: int, reach: int) -> None:
-        """One more token for each of the first `rows` slots that is not done; nothing waits for the device."""
-        slot = self.slot[:rows]
-        packed = Packed(slot, self.position[:rows], [], cache=self.cache, slot=slot, room=self.room, reach=reach)
-        hidden = self.model.hidden(self.token[:rows], packed)
-        self.position[:rows] += ~self.done[:rows]
-        self.choose(hidden, slot)
-
-    def choose(self, hidden: Tensor, slot: Tensor) -> None:
-        """Takes the next token of each slot, the likeliest or where its noise falls in the cumulated distribution."""
-        logits = self.model.logits(hidden, self.temperature)
-        logprobs, allowed, count = logits.log_softmax(-1), logits, self.count[slot]
-        for warper in self.warpers:
-            allowed = warper(None, allowed)
-        if self.greedy:
-            token = allowed.argmax(-1)
-        else:
-            cumulated = (allowed.softmax(-1) if self.warpers else logprobs.exp()).cumsum(-1)
-            point = self.noise[slot, count] * cumulated[:, -1]
-            token = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0]
-        self.tokens[slot, count], self.token[slot] = token, token
-        self.logprobs[slot, count] = logprobs.gather(1, token[:, None])[:, 0]
-        self.count[slot] += ~self.done[slot]
-        self.done[slot] |= (token[:, None] == self.stop).any(1) | (self.count[slot] == self.limit)
-
-    def rows_for(self, slots: int) -> int:
-        """How many slots a step computes: as many as are asked for, or as the next larger graph has."""
-        return min((rows for rows, _ in self.replays if rows >= slots), default=slots)
-
-    def run(self, slots: int, reach: int, steps: int) -> None:
-        """Some steps of the first `slots`."""
-        rows = self.rows_for(slots)
-        step = self.replays.get((rows, self.greedy), partial(self.step, rows, reach))
-        for _ in range(steps):
-            step()
-
-    def move_to_front(self, slots: list[int]) -> None:
-        """These slots become the first ones; in place, because graphs know the addresses."""
-        pairs = [x for pair in self.cache.values() for x in pair]
-        for x in (self.token, self.position, self.count, self.done, self.tokens, self.logprobs, self.noise, *pairs):
-            x[: len(slots)] = x[slots]
-        self.done[len(slots) :] = True
-
-    def capture(self) -> None:
-        """A graph of a step for each halving of the slots, the largest first in one pool; all slots are idle yet."""
-        pool, (slots, capacity) = torch.cuda.graph_pool_handle(), self.room
-        for rows in (slots >> i for i in range(slots.bit_length())):
-            for self.greedy in (False, True):
-                self.replays[rows, self.greedy] = capture(partial(self.step, rows, capacity), pool)
-
-
-@torch.inference_mode()
-def generate(
-    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config, generator: torch.Generator | None
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Responses up to and including their stop token, and the log-probs of their tokens; greedy without a generator.
-
-    Each token has a random number of its own, drawn beforehand: slots and their order do not change what is sampled.
-    Only our flags shape the sampling, not the model's generation_config.
-    """
-    device, results, on_cuda = model.lm.device, [None] * len(prompts), model.lm.device.type == "cuda"
-    longest = max(c.max_prompt_length if on_cuda else 1, *map(len, prompts))  # the graphs are made for one capacity
-    capacity = math.ceil((longest + c.max_response_length) / 64) * 64
-    slots = min(c.rollout_slots, c.rollout_slots if on_cuda else len(prompts)) if model.packs else 1
-    key = (slots, capacity), sorted(stop_ids), c.max_response_length, c.temperature, c.top_k, c.top_p
-    if model.engine is None or model.engine.key != key:
-        model.engine = Engine(model, *key)
-    engine = model.engine
-    noise = None if generator is None else torch.rand(
-        len(prompts), c.max_response_length, generator=generator, device=device)
-    queue, owner = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * slots
-    while True:
-        done, counts = engine.done.tolist(), engine.count.tolist()
-        finished = [slot for slot, i in enumerate(owner) if i is not None and done[slot]]
-        for slot, tokens in zip(finished, engine.tokens[finished].tolist(), strict=True):
-            results[owner[slot]] = tokens[: counts[slot]], engine.logprobs[slot, : counts[slot]].clone()
-            owner[slot] = None
-        free, live = ([slot for slot, i in enumerate(owner) if (i is None) == idle] for idle in (True, False))
-        if queue and free:
-            fresh, budget = [], c.micro_batch_tokens
-            while queue and len(fresh) < len(free) and (not fresh or len(prompts[queue[-1]]) <= budget):
-                fresh.append(queue.pop())
-                owner[free[len(fresh) - 1]] = fresh[-1]
-                budget -= len(prompts[fresh[-1]])
-            engine.prefill(free[: len(fresh)], [prompts[i] for i in fresh], None if noise is None else noise[fresh])
-            continue
-        if not live:
-            return [tokens for tokens, _ in results], [logprobs for _, logprobs in results]
-        steps = min(CHECK_EVERY, c.max_response_length - min(counts[slot] for slot in live))
-        reach = max(len(prompts[owner[slot]]) + counts[slot] for slot in live) + steps
-        if engine.rows_for(len(live)) < engine.rows_for(len(owner)):
-            engine.move_to_front(live)
-            owner = [owner[slot] for slot in live]
-        engine.run(len(owner), min(capacity, math.ceil(reach / 64) * 64), steps)
-
-
-# ---- PPO. Pure functions of tensors and numbers: no model, no config, no write to an argument -----------------------
+# ---- Formulas: pure functions of tensors and numbers -----------------------------------------------------
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -1134,66 +251,79 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def union_over_ranks(names: list[str]) -> list[str]:
-    """All names that a rank has, sorted: what a reward measures may depend on the responses."""
-    return sorted(names)
+def max_over_ranks(x: Tensor) -> Tensor:
+    return x
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x where mask is 1, over all ranks; 0 if the mask is empty. A statistic: it carries no gradient."""
+    """Mean of x where mask is 1, over all ranks; 0 if the mask is empty. It carries no gradient."""
     x = x.detach().masked_fill(mask == 0, 0.0)
     total, count = sum_over_ranks(torch.stack([x.sum(), mask.sum()]))
     return total / count.clamp(min=1)
 
 
-def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """(x - mean) / sqrt(unbiased variance + 1e-8) over the mask, 0 outside; shift_mean=False keeps the mean."""
-    mean, count = masked_mean(x, mask), sum_over_ranks(mask.sum())
+def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / sqrt(unbiased variance + 1e-8) over the mask, 0 outside."""
+    mean = masked_mean(x, mask)
+    count = sum_over_ranks(mask.sum())
     variance = masked_mean((x - mean).square(), mask) * count / (count - 1).clamp(min=1)
-    white = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (white if shift_mean else white + mean).masked_fill(mask == 0, 0.0)
+    return ((x - mean) * torch.rsqrt(variance + 1e-8)).masked_fill(mask == 0, 0.0)
 
 
 def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """Estimate of KL(policy, reference) at each sampled token (joschu.net/blog/kl-approx.html).
 
-    k1 = x = log(policy/reference) is unbiased, abs = |x|, k2 = x^2/2, k3 = exp(-x) - 1 + x is unbiased and at least 0.
+    k1 = x = log(policy/reference) is unbiased, abs = |x|, k2 = x^2/2, k3 = exp(-x) - 1 + x is unbiased and at
+    least 0.
     A trailing + keeps the value and takes the gradient of k2: in expectation that of KL(policy, reference).
     """
     if kind.endswith("+"):
+        value = estimate_kl(logprobs, ref_logprobs, kind[:-1])
         surrogate = estimate_kl(logprobs, ref_logprobs, "k2")
-        return estimate_kl(logprobs, ref_logprobs, kind[:-1]).detach() + surrogate - surrogate.detach()
-    x, kind = logprobs - ref_logprobs, KL_ALIASES.get(kind, kind)
+        return value.detach() + surrogate - surrogate.detach()
+    kind = KL_ALIASES.get(kind, kind)
+    x = logprobs - ref_logprobs
+    if kind == "k1":
+        return x
+    if kind == "abs":
+        return x.abs()
+    if kind == "k2":
+        return 0.5 * x.square()
     if kind == "k3":
         y = (-x).clamp(-20, 20)
         return (torch.expm1(y) - y).clamp(-10, 10)
-    return {"k1": x, "abs": x.abs(), "k2": 0.5 * x.square()}[kind]
+    raise ValueError(f"no KL estimator {kind!r}")
 
 
 def full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(policy, reference) at each position, summed over the vocabulary: logits [N, V] -> [N]."""
-    logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    logp = logits.log_softmax(-1)
+    ref_logp = ref_logits.log_softmax(-1)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
 @dataclass
 class AdaptiveKLController:
-    """Steers the KL coefficient towards a target (arXiv:1909.08593, section 2.2); target None keeps it fixed."""
+    """Steers the KL coefficient towards a target (arXiv:1909.08593, section 2.2); None: it is fixed."""
 
     coef: float
     target: float | None
     horizon: int
 
     def update(self, kl: float, num_responses: int) -> None:
-        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_responses / horizon, after the step that used coef."""
+        """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * num_responses / horizon, after coef was used."""
         if self.target is not None:
-            self.coef *= 1 + min(max(kl / self.target - 1, -0.2), 0.2) * num_responses / self.horizon
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.coef *= 1 + error * num_responses / self.horizon
 
 
-def compute_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, discount: float = 0.0) -> Tensor:
+def compute_rewards(
+    scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, discount: float = 0.0
+) -> Tensor:
     """Rewards [B, T]: the scores [B] spread over the tokens, minus kl_coef * kl [B, T].
 
-    Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last one, 1 spreads evenly.
+    Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last token, 1
+    spreads it evenly.
     """
     tokens_after = (mask.long().flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
     weights = torch.full_like(mask, discount).pow(tokens_after) * mask
@@ -1202,13 +332,15 @@ def compute_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float, di
 
 
 def compute_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [B, T], un-whitened; lam: number or [B].
+    """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [B, T], un-whitened.
 
-    Masked tokens are transparent, as in verl: V and the sum pass over them without decay. V = 0 after the last token.
+    Masked tokens are transparent, as in verl: V and the sum pass over them without decay. V = 0 after the
+    last token.
     """
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    next_advantage = torch.zeros_like(values[:, 0])
     advantages = torch.zeros_like(values)
     for t in reversed(range(values.shape[1])):
         valid = mask[:, t] > 0
@@ -1216,7 +348,8 @@ def compute_gae(
         next_advantage = torch.where(valid, delta + gamma * lam * next_advantage, next_advantage)
         next_value = torch.where(valid, values[:, t], next_value)
         advantages[:, t] = next_advantage
-    return advantages.masked_fill(mask == 0, 0.0), (advantages + values).masked_fill(mask == 0, 0.0)
+    returns = advantages + values
+    return advantages.masked_fill(mask == 0, 0.0), returns.masked_fill(mask == 0, 0.0)
 
 
 def compute_group_advantages(scores: Tensor, group_size: int, estimator: str, by_std: bool = True) -> Tensor:
@@ -1230,35 +363,54 @@ def compute_group_advantages(scores: Tensor, group_size: int, estimator: str, by
     return centred.view(-1)
 
 
-def compute_advantages(rewards: Tensor, values: Tensor | None, mask: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Advantages, whitened over the rollout where the estimator or whiten_advantages says so, and returns; [B, T]."""
-    estimator, gamma, lam, whiten = config.adv_estimator, config.gamma, config.lam, config.whiten_advantages
+def compute_advantages(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, config: Config
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [B, T]; advantages whitened where the estimator or whiten_advantages says so."""
+    estimator = config.adv_estimator
     if estimator == "gae":
-        lam_critic = lam if config.lam_critic is None else config.lam_critic
-        if config.length_adaptive_alpha is not None:  # VAPO (arXiv:2504.05118): lambda = 1 - 1 / (alpha * length)
-            lam = (1 - 1 / (config.length_adaptive_alpha * mask.sum(1)).clamp(min=1)).clamp(0, 1)
-        advantages, _ = compute_gae(rewards, values, mask, gamma, lam)
-        _, returns = compute_gae(rewards, values, mask, gamma, lam_critic)
+        advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
+        if config.lam_critic is not None:  # VC-PPO, arXiv:2503.01491
+            _, returns = compute_gae(rewards, values, mask, config.gamma, config.lam_critic)
     elif estimator == "reinforce_plus_plus":  # arXiv:2501.03262: reward to go, no baseline
-        advantages, returns = compute_gae(rewards, torch.zeros_like(mask), mask, gamma, 1.0)
+        advantages, returns = compute_gae(rewards, torch.zeros_like(mask), mask, config.gamma, 1.0)
     else:
         scores = compute_group_advantages(rewards.sum(1), config.rollout_n, estimator, config.norm_adv_by_std)
         advantages = returns = scores[:, None] * mask
+    whiten = config.whiten_advantages
     if whiten is None:
         whiten = estimator in ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
-    return (masked_whiten(advantages, mask) if whiten else advantages), returns
+    if whiten:
+        advantages = masked_whiten(advantages, mask)
+    return advantages, returns
+
+
+def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """min(exp(old - sampled), cap) [B, T], 1 outside the mask: another policy has sampled than is trained.
+
+    Truncated importance sampling (arXiv:1802.01561, section 4.1, where it is rho; for rollouts of another
+    engine: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). No
+    gradient flows through it.
+    """
+    gap = (old_logprobs - sampled_logprobs).detach().masked_fill(mask == 0, 0.0)
+    return gap.clamp(-20, 20).exp().clamp(max=cap)
 
 
 def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float, clip_c: float | None
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float,
+    clip_c: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise: loss, ratio, was clipped, was clipped by clip_c.
+    """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise.
 
-    clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most -advantage * clip_c.
+    clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most
+    -advantage * clip_c. Returns the loss, the ratio, whether it was clipped, whether clip_c bounded it.
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss, is_clipped, is_bounded = torch.maximum(unclipped, clipped), clipped > unclipped, torch.zeros_like(ratio)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(unclipped, clipped)
+    is_clipped = clipped > unclipped
+    is_bounded = torch.zeros_like(ratio)
     if clip_c is not None:
         bound = -advantages * clip_c
         is_bounded = (advantages < 0) & (loss > bound)
@@ -1269,45 +421,289 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, cliprange: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Half the squared error, elementwise, of values or of values within cliprange of old_values, whichever is worse.
+    """Half the squared error, elementwise, of values, or of values clipped near old_values if worse.
 
     Also returns where the clipped one was worse (as in OpenAI's baselines, ppo2).
     """
-    loss, is_clipped = (values - returns).square(), torch.zeros_like(values)
+    loss = (values - returns).square()
+    is_clipped = torch.zeros_like(values)
     if cliprange is not None:
         clipped = (values.clamp(old_values - cliprange, old_values + cliprange) - returns).square()
-        loss, is_clipped = torch.maximum(loss, clipped), (clipped > loss).float()
+        is_clipped = (clipped > loss).float()
+        loss = torch.maximum(loss, clipped)
     return 0.5 * loss, is_clipped
 
 
 def loss_weights(mask: Tensor, mode: str, scale: float) -> Tensor:
-    """Weights [B, T] of a mini-batch: its loss is (token_loss * weights).sum() over all micro-batches and ranks.
+    """Weights [B, T] of a mini-batch: its loss is (token_loss * weights).sum(), over micro-batches and ranks.
 
     The two mean modes sum to 1; seq-mean-token-sum is mask / responses, seq-mean-token-sum-norm mask / scale.
     """
     lengths = mask.sum(1, keepdim=True)
-    tokens, responses = sum_over_ranks(torch.stack([mask.sum(), (lengths > 0).float().sum()])).clamp(min=1)
-    return mask / {"token-mean": tokens, "seq-mean-token-sum": responses, "seq-mean-token-sum-norm": scale,
-                   "seq-mean-token-mean": lengths.clamp(min=1) * responses}[mode]
+    counts = torch.stack([mask.sum(), (lengths > 0).float().sum()])
+    tokens, responses = sum_over_ranks(counts).clamp(min=1)
+    if mode == "token-mean":
+        return mask / tokens
+    if mode == "seq-mean-token-sum":
+        return mask / responses
+    if mode == "seq-mean-token-mean":
+        return mask / (lengths.clamp(min=1) * responses)
+    return mask / scale  # seq-mean-token-sum-norm
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 a constant; NaN where all returns agree."""
-    error_variance, variance = (
-        masked_mean((x - masked_mean(x, mask)).square(), mask) for x in (returns - values, returns))
-    rounding = 1e-10 * masked_mean(returns.square(), mask)  # a mean of equal numbers is not always that number
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 a constant; NaN where all returns agree."""
+    error = returns - values
+    error_variance = masked_mean((error - masked_mean(error, mask)).square(), mask)
+    variance = masked_mean((returns - masked_mean(returns, mask)).square(), mask)
+    rounding = 1e-10 * masked_mean(returns.square(), mask)  # of means of equal numbers
     return torch.where(variance > rounding, 1 - error_variance / variance, torch.nan)
 
 
 def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int, schedule: str) -> float:
-    """Learning rate over its base value. progress counts steps, with the part of the step's updates already made."""
+    """Learning rate over its base value. progress counts steps, and the part of a step that is done."""
     if progress < warmup:
         return min(1.0, (progress + 1 / per_step) / warmup)
     left = 1 - (progress - warmup) / max(total - warmup, 1e-8)
-    return {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}[schedule]
+    if schedule == "linear":
+        return left
+    if schedule == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    return 1.0
 
 
-# ---- Rollout --------------------------------------------------------------------------------------------------------
+# ---- Models ----------------------------------------------------------------------------------------------
+# Sequences of similar length share a rectangle [B, longest], padded on the right. Attention is causal: no
+# token sees the padding behind its sequence, so no pass needs a mask, and any causal architecture will do.
+# Models stay in eval mode, in training too: with dropout or router noise the first ratio would not be 1.
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face model that chooses among num_tokens and, where values are wanted, a linear value head.
+
+    The head has the dtype of the other weights, and so an fp32 master where they have one; it computes in
+    fp32. It has no bias, as the score heads of transformers have none.
+    """
+
+    def __init__(
+        self, lm: nn.Module, num_tokens: int, with_values: bool, config: Config, adapter: str | None = None
+    ):
+        super().__init__()
+        self.lm = lm
+        self.num_tokens = num_tokens
+        self.pooling = config.value_pooling
+        self.adapter = adapter  # the LoRA adapter it uses, on a trunk that others may share; None: none
+        self.has_logits = lm.get_output_embeddings() is not None and adapter != "critic"
+        self.value_head = None
+        if with_values:
+            size = lm.config.get_text_config().hidden_size
+            self.value_head = nn.Linear(size, 1, bias=False, device=lm.device, dtype=lm.dtype)
+            nn.init.zeros_(self.value_head.weight)
+
+    def select_adapter(self) -> None:
+        """The trunk computes with this model's adapter, the only one that gets a gradient, or with none."""
+        if getattr(self.lm, "selected_adapter", None) == self.adapter:
+            return
+        self.lm.selected_adapter = self.adapter
+        if self.adapter is None:
+            self.lm.disable_adapters()
+        else:
+            self.lm.enable_adapters()
+            self.lm.set_adapter(self.adapter)
+
+    def hidden(self, sequences: list[list[int]]) -> Tensor:
+        """Last hidden states [B, longest, H] of token sequences."""
+        self.select_adapter()
+        rows = [torch.tensor(sequence, device=self.lm.device) for sequence in sequences]
+        ids = pad_sequence(rows, batch_first=True)
+        return self.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """fp32 logits [..., num_tokens] of the policy that samples."""
+        config = self.lm.config.get_text_config()
+        logits = self.lm.get_output_embeddings()(hidden)[..., : self.num_tokens].float()
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits / temperature
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """Values [B, longest] of hidden states [B, longest, H]."""
+        hidden = hidden.float()
+        if self.pooling == "mean":  # of all states so far
+            counts = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+            hidden = hidden.cumsum(1) / counts[:, None]
+        return nn.functional.linear(hidden, self.value_head.weight.float()).squeeze(-1)
+
+
+def whole_weights(*models: LanguageModel | None) -> contextlib.AbstractContextManager:
+    """Around all use of weights: in ppo_llm_multigpu.py ZeRO-3 gathers them here, once for many passes."""
+    return contextlib.nullcontext()
+
+
+class Learner:
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
+
+    def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
+        self.model = model
+        self.base_lr = lr
+        self.grad_clip = config.grad_clip
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        model.select_adapter()
+        named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self.names = list(named)
+        self.weights = list(named.values())
+        # bf16 has 8 bits, too few for steps of 1e-6: masters and sums are fp32
+        self.masters = [w if w.dtype == torch.float32 else w.detach().float() for w in self.weights]
+        body = sum(w.requires_grad for w in model.lm.parameters())  # the value head comes after it
+        groups = [
+            {"params": self.masters[:body], "base_lr": lr},
+            {"params": self.masters[body:], "base_lr": critic_lr},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of loss to what has been collected since the last step."""
+        self.model.select_adapter()  # the reference may have come between: checkpointing computes again
+        loss.backward()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master and weight.grad is not None:
+                gradient = weight.grad.float()
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                weight.grad = None
+
+    def clip_gradient(self) -> float:
+        """Scales the gradient down to norm grad_clip, and returns the norm that it had."""
+        return nn.utils.clip_grad_norm_(self.masters, self.grad_clip).item()
+
+    @torch.no_grad()
+    def step(self, lr_factor: float, grad_norm: float) -> None:
+        """One AdamW step at lr_factor times the base rates.
+
+        If the gradient is not finite, the step is skipped and counted. Raises Diverged at the third in a row.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.data.copy_(master)  # a weight in fp32 is its own master
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            warn("the gradient is not finite: this optimizer step is skipped")
+        self.drop_gradient()
+        if self.skipped_in_a_row == 3:
+            raise Diverged("three gradients in a row are not finite: lower lr, critic_lr or the scores")
+
+    def drop_gradient(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def get_state(self, i: int) -> dict[str, Tensor]:
+        """The fp32 master of the i-th weight, and what AdamW remembers of it."""
+        return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
+
+    def set_state(self, i: int, state: dict[str, Tensor]) -> None:
+        master = self.masters[i].data.copy_(state.pop("weight"))
+        self.weights[i].data.copy_(master)
+        for key, x in state.items():
+            self.optimizer.state[self.masters[i]][key] = x.to(master.device)
+
+    def save(self, path: Path) -> None:
+        """All that training changes, as `KIND/NAME of the weight` in one safetensors file."""
+        self.model.select_adapter()  # DeepSpeed knows only weights that require a gradient
+        tensors = {"skipped_steps": torch.tensor(self.skipped_steps)}
+        for i, name in enumerate(self.names):
+            for kind, x in self.get_state(i).items():
+                tensors[f"{kind}/{name}"] = x.cpu().contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> None:
+        self.model.select_adapter()
+        tensors = load_file(path)
+        self.skipped_steps = int(tensors.pop("skipped_steps"))
+        states = defaultdict(dict)
+        for key, x in tensors.items():
+            kind, _, name = key.partition("/")
+            states[name][kind] = x
+        for i, name in enumerate(self.names):
+            self.set_state(i, states[name])
+
+
+@dataclass
+class Models:
+    actor: Learner
+    critic: Learner | None  # None: critic-free, or a value head on the actor
+    reference: LanguageModel | None  # None: nothing uses it
+    tokenizer: transformers.PreTrainedTokenizerBase
+    stop_ids: set[int]
+    generate: Callable
+
+
+def build_critic(config: Config) -> LanguageModel:
+    """The separate critic. A reward model keeps its score head as the value head; otherwise that is zero."""
+    name = config.critic_model or config.model
+    auto_class = AutoModel
+    if "SequenceClassification" in str(read_model_config(name, config).architectures):
+        auto_class = AutoModelForSequenceClassification
+    lm = load_lm(name, auto_class, config)
+    trunk = lm.base_model
+    if config.lora_rank:
+        add_adapters(trunk, ["critic"], config)
+    critic = LanguageModel(trunk, 0, True, config, "critic" if config.lora_rank else None)
+    if auto_class is AutoModelForSequenceClassification:
+        head = getattr(lm, "score", None)
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            raise UsageError(f"critic_model {name} has no linear score head without a bias")
+        critic.value_head.weight.data.copy_(head.weight)
+    return critic
+
+
+def build_models(tokenizer, config: Config) -> Models:
+    """Policy, critic, reference and their optimizers, as the options say."""
+    lm = load_lm(config.model, AutoModelForCausalLM, config)
+    num_tokens = min(len(tokenizer), lm.get_output_embeddings().weight.shape[0])  # Qwen2.5 has 271 rows more
+    has_own_critic = config.uses_critic and config.critic == "separate"
+    shares_trunk = config.lora_rank is not None and config.critic_model is None  # critic and policy
+    if config.lora_rank:
+        names = ["policy"]
+        if has_own_critic and shares_trunk:
+            names.append("critic")
+        add_adapters(lm, names, config)
+
+    reference = None
+    if config.kl_coef and config.reference != "previous":
+        frozen = lm if config.lora_rank else copy.deepcopy(lm).requires_grad_(False)
+        reference = LanguageModel(frozen, num_tokens, False, config)  # without an adapter
+    critic = None
+    if has_own_critic:
+        if shares_trunk:
+            value_model = LanguageModel(lm, num_tokens, True, config, "critic")
+        else:
+            value_model = build_critic(config)
+        critic = Learner(value_model, config.critic_lr, config.critic_lr, config)
+    adapter = "policy" if config.lora_rank else None
+    policy = LanguageModel(lm, num_tokens, config.uses_critic and config.critic == "shared", config, adapter)
+    actor = Learner(policy, config.lr, config.critic_lr, config)
+    generator = generate if config.rollout == "builtin" else load_function(config.rollout, "rollout")
+    return Models(actor, critic, reference, tokenizer, find_stop_ids(lm, tokenizer), generator)
+
+
+# ---- Rollout ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    text: str  # what the user asks: the last user message
+    answer: str  # ground truth; "" where the data set has none
+    prompt: list[int]  # token ids, ending where the response begins
+    messages: list[dict] = field(default_factory=list)  # the conversation so far, as a reward model reads it
 
 
 @dataclass
@@ -1317,7 +713,8 @@ class Rollout:
     prompts: list[list[int]]
     responses: list[list[int]]  # up to and including the stop token
     mask: Tensor  # 1.0 on response tokens
-    old_logprobs: Tensor  # of the policy that sampled
+    old_logprobs: Tensor  # of the policy before the update
+    is_weights: Tensor | None = None  # importance weights, where log-probs were scored anew
     ref_logprobs: Tensor | None = None  # of the reference policy
     old_values: Tensor | None = None  # of the critic before the update
     kl: Tensor | None = None  # estimate of KL(policy, reference); 0 where no KL is in use
@@ -1332,375 +729,1197 @@ class Rollout:
     texts: list[str] = field(default_factory=list)  # the responses, decoded
 
     def take(self, rows: list[int]) -> "Rollout":
-        """Prompts, responses and [B, T] tensors of these rows, cut to their longest response."""
+        """These rows, cut to their longest response."""
         width = max(len(self.responses[i]) for i in rows)
-        tensors = {name: x[rows, :width] for name, x in vars(self).items() if isinstance(x, Tensor) and x.dim() == 2}
-        return Rollout([self.prompts[i] for i in rows], [self.responses[i] for i in rows], **tensors)
+        part = {}
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                part[name] = x[rows, :width] if x.dim() == 2 else x[rows]
+            elif x:
+                part[name] = [x[i] for i in rows]
+        return Rollout(**part)
 
 
-def over_chunks(function: Callable, vocabulary: int, *tensors: Tensor) -> list[Tensor]:
-    """function(*slices) over slices of tokens, recomputed in backward: [tokens, vocabulary] never exists whole."""
-    parts = list(zip(*(x.split(max(1, LOGITS_PER_CHUNK // vocabulary)) for x in tensors), strict=True))
-    if torch.is_grad_enabled() and len(parts) > 1:
-        function = partial(checkpoint, function, use_reentrant=False)
-    return [torch.cat(pieces) for pieces in zip(*(function(*part) for part in parts), strict=True)]
+@torch.no_grad()
+def decode(
+    model: LanguageModel, prompts: list[list[int]], noise: Tensor | None, stop: Tensor, config: Config
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Responses to a batch of prompts, up to and including their stop token, and their tokens' log-probs."""
+    device = model.lm.device
+    limit = config.max_response_length
+    tokens = torch.zeros(len(prompts), limit, dtype=torch.long, device=device)
+    logprobs = torch.zeros(len(prompts), limit, device=device)
+    lengths = torch.full((len(prompts),), limit, device=device)
+    # Prompts end in the same column, with padding before them
+    padded = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ids = pad_sequence(padded, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones_like(x) for x in padded], batch_first=True, padding_side="left")
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.arange(len(prompts), device=device)  # of the prompts whose responses have not ended
+    cache = DynamicCache(config=model.lm.config)
+    for t in range(limit):
+        output = model.lm.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
+        logp = model.logits(output.last_hidden_state[:, -1], config.temperature).log_softmax(-1)
+        if noise is None:
+            token = logp.argmax(-1)
+        else:  # where the random number falls in the cumulated distribution
+            cumulated = logp.exp().cumsum(-1)
+            point = noise[rows, t] * cumulated[:, -1]
+            token = torch.searchsorted(cumulated, point[:, None], right=True)[:, 0]
+            token = token.clamp(max=model.num_tokens - 1)  # NaN falls behind the end
+        tokens[rows, t] = token
+        logprobs[rows, t] = logp.gather(1, token[:, None])[:, 0]
+        ended = torch.isin(token, stop)
+        lengths[rows[ended]] = t + 1
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0:
+            break
+        if len(going) < len(rows):  # what has ended leaves the batch
+            cache.batch_select_indices(going)
+            rows = rows[going]
+            token = token[going]
+            mask = mask[going]
+            position = position[going]
+        ids = token[:, None]
+        position = position[:, -1:] + 1
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+    lengths = lengths.tolist()
+    responses = [row[:length] for row, length in zip(tokens.tolist(), lengths, strict=True)]
+    return responses, [row[:length] for row, length in zip(logprobs, lengths, strict=True)]
+
+
+def generate(
+    model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], config: Config,
+    generator: torch.Generator | None,
+) -> tuple[list[list[int]], list[Tensor]]:
+    """Responses and the log-probs of their tokens, rollout_slots at a time; greedy without a generator.
+
+    Each token has a random number of its own, drawn beforehand: the order of the rows does not change what
+    is sampled. Only our flags shape the sampling, not the model's generation_config.
+    """
+    device = model.lm.device
+    noise = None
+    if generator is not None:
+        noise = torch.rand(len(prompts), config.max_response_length, generator=generator, device=device)
+    stop = torch.tensor(sorted(stop_ids), device=device)
+    model.select_adapter()
+    responses = [None] * len(prompts)
+    logprobs = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), config.rollout_slots):
+        rows = by_length[start : start + config.rollout_slots]
+        batch_noise = None if noise is None else noise[rows]
+        results = decode(model, [prompts[i] for i in rows], batch_noise, stop, config)
+        for i, response, logprob in zip(rows, *results, strict=True):
+            responses[i] = response
+            logprobs[i] = logprob
+    return responses, logprobs
+
+
+def response_states(x: Tensor, part: Rollout) -> Tensor:
+    """[B, longest, ...] -> [N, ...]: the states in which the response tokens are chosen."""
+    pieces = []
+    for row, prompt, response in zip(x, part.prompts, part.responses, strict=True):
+        start = len(prompt) - 1
+        pieces.append(row[start : start + len(response)])
+    return torch.cat(pieces)
 
 
 def forward(
-    model: LanguageModel, part: Rollout, temperature: float, reference: LanguageModel | None = None, token_head=True
-) -> list:
-    """[log-probs, entropy, values, full_kl to the reference] of response tokens, [B, T]; None without that head."""
-    ids, packed = pack([p + r for p, r in zip(part.prompts, part.responses, strict=True)], part.mask.device)
-    targets, tokens = pack(part.responses, part.mask.device)
-    first = torch.tensor([len(prompt) - 1 for prompt in part.prompts], device=part.mask.device)
-    chosen = (packed.starts[:-1] + first)[tokens.row] + tokens.position  # the state in which each token is chosen
-    hidden, values = model.hidden(ids, packed), None
-    if model.value_head is not None:
-        read = hidden.float()
-        if model.pooling == "mean":  # the value head reads the mean of all states so far
-            read = packed.unpad(packed.pad(read).cumsum(1)) / (packed.position + 1)[:, None]
-        weight, bias = model.value_head.weight.float(), model.value_head.bias.float()
-        values = tokens.pad(nn.functional.linear(read[chosen], weight, bias).squeeze(-1))
-    if not (token_head and model.chooses):
-        return [None, None, values, None]
-    with torch.no_grad():
-        ref_states = reference.hidden(ids, packed)[chosen] if reference else hidden.new_zeros(len(chosen), 0)
+    model: LanguageModel, part: Rollout, config: Config, reference: LanguageModel | None = None,
+    only_values: bool = False,
+) -> dict[str, Tensor]:
+    """Of each response token [B, T]: values, logprobs and entropy, as far as the model has them.
 
-    def head(states: Tensor, ref_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logp = model.logits(states, temperature).log_softmax(-1)
+    With a reference also kl, the full KL to it. [N, V] never exists whole: the head works chunk by chunk, and
+    in training its chunks are computed again in backward.
+    """
+    sequences = [prompt + response for prompt, response in zip(part.prompts, part.responses, strict=True)]
+    lengths = [len(response) for response in part.responses]
+
+    def as_rows(x: Tensor) -> Tensor:  # [N] -> [B, T]
+        return pad_sequence(x.split(lengths), batch_first=True)
+
+    def head(states: Tensor, targets: Tensor, ref_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logp = model.logits(states, config.temperature).log_softmax(-1)
         entropy = -(logp.exp() * logp).sum(-1)
-        kl = full_kl(logp, reference.logits(ref_states, temperature)) if reference else torch.zeros_like(entropy)
+        kl = torch.zeros_like(entropy)
+        if reference:
+            kl = full_kl(logp, reference.logits(ref_states, config.temperature))
         return logp.gather(1, targets[:, None])[:, 0], entropy, kl
 
-    outputs = over_chunks(head, model.num_tokens, hidden[chosen], ref_states, targets)
-    logprobs, entropy, kl = map(tokens.pad, outputs)
-    return [logprobs, entropy, values, kl if reference else None]
+    outputs = {}
+    hidden = model.hidden(sequences)
+    if model.value_head is not None:
+        outputs["values"] = as_rows(response_states(model.values(hidden), part))
+    if only_values or not model.has_logits:
+        return outputs
+    states = response_states(hidden, part)
+    ref_states = states.detach()
+    if reference:
+        with torch.no_grad():
+            ref_states = response_states(reference.hidden(sequences), part)
+    targets = torch.tensor([token for response in part.responses for token in response], device=states.device)
+    size = max(1, LOGITS_PER_CHUNK // model.num_tokens)
+    if torch.is_grad_enabled() and len(states) > size:
+        head = functools.partial(checkpoint, head, use_reentrant=False)
+    chunks = zip(states.split(size), targets.split(size), ref_states.split(size), strict=True)
+    logprobs, entropy, kl = zip(*[head(*chunk) for chunk in chunks], strict=True)
+    outputs["logprobs"] = as_rows(torch.cat(logprobs))
+    outputs["entropy"] = as_rows(torch.cat(entropy))
+    if reference:
+        outputs["kl"] = as_rows(torch.cat(kl))
+    return outputs
 
 
-def micro_batches(rows: list[int], rollout: Rollout, c: Config) -> Iterator[tuple[list[int], Rollout]]:
-    """Rows within micro_batch_tokens and ppo_micro_batch_size: longest first, each into the first group with room."""
-    groups: list[tuple[list[int], list[int]]] = []  # rows, their lengths
-    for length, i in sorted((-len(rollout.prompts[i] + rollout.responses[i]), i) for i in rows):
-        for group, lengths in groups:
-            if sum(lengths) - length <= c.micro_batch_tokens and len(group) != c.ppo_micro_batch_size:
-                break
-        else:
-            group, lengths = [], []
-            groups.append((group, lengths))
+def micro_batches(rows: list[int], rollout: Rollout, config: Config) -> Iterator[tuple[list[int], Rollout]]:
+    """Groups of rows of similar length whose rectangle is within micro_batch_tokens."""
+    lengths = {i: len(rollout.prompts[i]) + len(rollout.responses[i]) for i in rows}
+    group = []
+    for i in sorted(rows, key=lengths.get):
+        is_full = (len(group) + 1) * lengths[i] > config.micro_batch_tokens
+        if group and (is_full or lengths[i] > 1.25 * lengths[group[0]]):  # a fifth of a row may be padding
+            yield group, rollout.take(group)
+            group = []
         group.append(i)
-        lengths.append(-length)
-    for group, _ in groups:
+    if group:
         yield group, rollout.take(group)
 
 
 @torch.no_grad()
-def score_tokens(model: LanguageModel, rollout: Rollout, c: Config, reference=None, token_head: bool = True) -> list:
+def score_tokens(
+    model: LanguageModel, rollout: Rollout, config: Config, reference: LanguageModel | None = None,
+    only_values: bool = False,
+) -> dict[str, Tensor]:
     """What forward() returns, for a whole rollout, micro-batch by micro-batch."""
-    results: list[Tensor | None] = [None] * 4
+    results = defaultdict(lambda: torch.zeros_like(rollout.mask))
     with whole_weights(model, reference):
-        outputs = [(rows, forward(model, part, c.temperature, reference, token_head))
-                   for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, c)]
-    for rows, heads in outputs:
-        for head, x in enumerate(heads):
-            if x is not None:
-                results[head] = torch.zeros_like(rollout.mask) if results[head] is None else results[head]
-                results[head][rows, : x.shape[1]] = x
+        for rows, part in micro_batches(list(range(len(rollout.mask))), rollout, config):
+            for name, x in forward(model, part, config, reference, only_values).items():
+                results[name][rows, : x.shape[1]] = x
     return results
 
 
-def shape_scores(scores: Tensor, lengths: Tensor, stopped: Tensor, config: Config) -> Tensor:
-    """Scores [B] after clipping, the rule for a missing stop token, and DAPO's overlong penalty (arXiv:2503.14476)."""
-    if config.score_clip is not None:
-        scores = scores.clamp(-config.score_clip, config.score_clip)
-    if config.missing_eos_penalty is not None:
-        p = config.missing_eos_penalty
-        cut = {"subtract": scores - p, "replace": torch.full_like(scores, -p), "scale": scores * p}
-        scores = torch.where(stopped, scores, cut[config.missing_eos_mode])
-    if config.overlong_buffer:
-        excess = lengths - (config.max_response_length - config.overlong_buffer)
-        scores = scores - excess.clamp(min=0) / config.overlong_buffer
-    return scores
+def respond(
+    models: Models, examples: list[Example], config: Config, generator: torch.Generator | None
+) -> Rollout:
+    """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
+    policy = models.actor.model
+    prompts = [example.prompt for example in examples]
+    with whole_weights(policy):
+        responses, logprobs = models.generate(policy, prompts, models.stop_ids, config, generator)
+    if config.rollout != "builtin":
+        raise_on_all_ranks(find_fault(responses, logprobs, len(prompts), policy.num_tokens, config))
+    logprobs = [torch.as_tensor(x, dtype=torch.float32, device=policy.lm.device) for x in logprobs]
+    mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
+    logprobs = pad_sequence(logprobs, batch_first=True)
+    stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
+    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollout(prompts, responses, mask, logprobs, stopped=stopped, examples=examples, texts=texts)
 
 
 def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
     """Fills in ref_logprobs and kl, for the estimator in use."""
+    rollout.kl = torch.zeros_like(rollout.mask)
+    if not config.kl_coef:
+        return
     rollout.ref_logprobs = rollout.old_logprobs  # reference previous
     if models.reference is not None:
-        rollout.ref_logprobs = score_tokens(models.reference, rollout, config)[LOGPROBS]
+        rollout.ref_logprobs = score_tokens(models.reference, rollout, config)["logprobs"]
     if config.reference == "mixed":  # log((1 - w) pi_init + w pi_previous), token by token
         w = torch.tensor(config.reference_mix, device=rollout.mask.device)
         mixed = torch.logaddexp(rollout.ref_logprobs + (1 - w).log(), rollout.old_logprobs + w.log())
         rollout.ref_logprobs = mixed.masked_fill(rollout.mask == 0, 0.0)
     if config.kl_kind == "full":
-        rollout.kl = score_tokens(models.actor.model, rollout, config, models.reference)[FULL_KL]
+        rollout.kl = score_tokens(models.actor.model, rollout, config, models.reference)["kl"]
     else:
         rollout.kl = estimate_kl(rollout.old_logprobs, rollout.ref_logprobs, config.kl_kind)
 
 
-def respond(models: Models, examples: list[Example], config: Config, generator: torch.Generator | None) -> Rollout:
-    """Responses to the examples, sampled or, without a generator, greedy; not scored yet."""
-    policy, prompts = models.actor.model, [e.prompt for e in examples]
-    with whole_weights(policy):
-        responses, logprobs = generate(policy, prompts, models.stop_ids, config, generator)
-    mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
-    stopped = torch.tensor([response[-1] in models.stop_ids for response in responses], device=mask.device)
-    texts = models.tokenizer.batch_decode(responses, skip_special_tokens=True)
-    logprobs = pad_sequence(logprobs, batch_first=True)
-    return Rollout(prompts, responses, mask, logprobs, stopped=stopped, examples=examples, texts=texts)
+def score_anew(models: Models, rollout: Rollout, config: Config) -> dict[str, Tensor]:
+    """Old log-probs by the update's kind of pass: bf16 rounds by batch shape, a hook samples as it likes.
+
+    Fills in old_logprobs and, with a rollout_is_cap, is_weights. Returns how far they are from the sampler's.
+    """
+    mask = rollout.mask
+    sampled = rollout.old_logprobs
+    rollout.old_logprobs = score_tokens(models.actor.model, rollout, config)["logprobs"]
+    gap = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
+    if config.rollout_is_cap is None:
+        return {"rollout/logprob_gap": gap}
+    weights = importance_weights(rollout.old_logprobs, sampled, mask, config.rollout_is_cap)
+    rollout.is_weights = weights
+    return {
+        "rollout/logprob_gap": gap,
+        "rollout/is_weight_mean": masked_mean(weights, mask),
+        "rollout/is_weight_max": max_over_ranks((weights * mask).max()),
+        "rollout/is_capped": masked_mean((weights >= config.rollout_is_cap).float(), mask),
+    }
+
+
+def assign_credit(models: Models, rollout: Rollout, kl_coef: float, config: Config) -> None:
+    """Fills in old_values, kl, rewards, advantages and returns: what the update learns from."""
+    if config.uses_critic:
+        value_model = (models.critic or models.actor).model
+        rollout.old_values = score_tokens(value_model, rollout, config, only_values=True)["values"]
+    measure_kl(models, rollout, config)
+    check_finite(rollout)
+    scores = rollout.scores
+    if config.missing_eos_penalty is not None:
+        scores = torch.where(rollout.stopped, scores, scores - config.missing_eos_penalty)
+    discount = 0.0  # terminal
+    if config.reward_attribution == "uniform":
+        discount = 1.0
+    elif config.reward_attribution == "discounted":
+        discount = config.attribution_discount
+    reward_coef = kl_coef if config.kl_in_reward else 0.0
+    rollout.rewards = compute_rewards(scores, rollout.kl, rollout.mask, reward_coef, discount)
+    rollout.advantages, rollout.returns = compute_advantages(
+        rollout.rewards, rollout.old_values, rollout.mask, config)
 
 
 @torch.no_grad()
 def collect_rollout(
     models: Models, reward: Callable, examples: list[Example], step: int, kl_coef: float, config: Config
 ) -> tuple[Rollout, dict]:
-    """Samples and scores responses, and turns the scores into advantages. Returns the rollout and its metrics."""
-    clock, policy = clock_now(), models.actor.model
+    """Samples and scores responses, and assigns credit to their tokens: the rollout and its metrics."""
+    clock = clock_now()
+    policy = models.actor.model
     rollout = respond(models, examples, config, seeded(policy.lm.device, config.seed, "sampling", step))
+    mask = rollout.mask
     metrics = {"time/rollout": clock_now() - clock}
-    mask, sampled = rollout.mask, rollout.old_logprobs
-    lengths, everyone = mask.sum(1), torch.ones_like(mask[:, 0])
-    rollout.kl, rollout.ratio, rollout.clipped = torch.zeros_like(mask), mask.clone(), torch.zeros_like(mask)
-    scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
+    scores, measured = score_responses(reward, examples, rollout.texts)
     rollout.scores = scores.to(mask.device)
-    rounded = policy.lm.dtype != torch.float32 and not config.on_policy
-    if rounded or policy.value_head is not None:
-        logprobs, _, rollout.old_values, _ = score_tokens(policy, rollout, config, token_head=rounded)
-    if models.critic:
-        rollout.old_values = score_tokens(models.critic.model, rollout, config)[VALUES]
-    if rounded:  # bf16 rounds by batch shape: take the update's kind of pass
-        rollout.old_logprobs = logprobs
-        metrics["rollout/logprob_gap"] = masked_mean((rollout.old_logprobs.exp() - sampled.exp()).abs(), mask)
+    for name, x in measured.items():
+        metrics[f"reward/{name}"] = x
+    if policy.lm.dtype != torch.float32 or config.rollout != "builtin":
+        metrics |= score_anew(models, rollout, config)
+    assign_credit(models, rollout, kl_coef, config)
+    rollout.ratio = mask.clone()
+    rollout.clipped = torch.zeros_like(mask)
+
+    lengths = mask.sum(1)
+    everyone = torch.ones_like(lengths)
     if config.kl_coef:
-        measure_kl(models, rollout, config)
-        metrics |= {"reward/kl": masked_mean(rollout.kl.sum(1) / lengths, everyone), "reward/kl_coef": kl_coef,
-                    "reward/kl_sequence": masked_mean(rollout.kl.sum(1), everyone)}
-    discount = {"terminal": 0.0, "uniform": 1.0, "discounted": config.attribution_discount}[config.reward_attribution]
-    scores = shape_scores(rollout.scores, lengths, rollout.stopped, config)
-    rollout.rewards = compute_rewards(scores, rollout.kl, mask, kl_coef if config.kl_in_reward else 0.0, discount)
-    if config.whiten_rewards:
-        rollout.rewards = masked_whiten(rollout.rewards, mask, shift_mean=False)
-    rollout.advantages, rollout.returns = compute_advantages(rollout.rewards, rollout.old_values, mask, config)
+        metrics["reward/kl"] = masked_mean(rollout.kl.sum(1) / lengths, everyone)
+        metrics["reward/kl_sequence"] = masked_mean(rollout.kl.sum(1), everyone)
+        metrics["reward/kl_coef"] = kl_coef
     if config.uses_critic:
         metrics["value/explained_variance"] = explained_variance(rollout.old_values, rollout.returns, mask)
-    metrics |= {f"reward/{name}": x for name, x in measured.items()}
     mean_score = masked_mean(rollout.scores, everyone)
-    metrics |= {"reward/score": mean_score,
-                "reward/score_std": masked_mean((rollout.scores - mean_score).square(), everyone).sqrt(),
-                "rollout/eos_rate": masked_mean(rollout.stopped.float(), everyone),
-                "rollout/response_length": masked_mean(lengths, everyone)}
-    return rollout, metrics | {"time/score": clock_now() - clock - metrics["time/rollout"]}
+    metrics["reward/score"] = mean_score
+    metrics["reward/score_std"] = masked_mean((rollout.scores - mean_score).square(), everyone).sqrt()
+    metrics["rollout/eos_rate"] = masked_mean(rollout.stopped.float(), everyone)
+    metrics["rollout/response_length"] = masked_mean(lengths, everyone)
+    metrics["rollout/tokens"] = sum_over_ranks(mask.sum() + sum(map(len, rollout.prompts)))
+    metrics["time/score"] = clock_now() - clock - metrics["time/rollout"]
+    return rollout, metrics
 
 
-@torch.no_grad()
-def distance_from_plain(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> float:
-    """How far a policy's probabilities, in sampling and in packed passes, are from those of plain passes, at most.
+# ---- Update ----------------------------------------------------------------------------------------------
 
-    For a critic: the relative distance of its hidden states.
+
+def ppo_loss(role: str, models: Models, part: Rollout, kl_coef: float, config: Config) -> tuple[Tensor, dict]:
+    """The loss of each token of a micro-batch, [B, T], and what to log of each.
+
+    The policy's terms for the "actor", the value loss for the "critic", both with a shared critic. To change
+    PPO's loss, change it here: it is differentiated as it stands.
     """
-    lm, c = model.lm, replace(c, max_response_length=8, temperature=1.0, rollout_slots=len(prompts))
-    attention, responses = lm.config._attn_implementation, prompts
-    if model.chooses:
-        responses, sampled = generate(model, prompts, stop_ids, c, seeded(lm.device, "check"))
-    sequences = [p + r for p, r in zip(prompts, responses, strict=True)]
-    ids, packed = pack(sequences, lm.device)
-    states = model.hidden(ids, packed)
-    lm.set_attn_implementation(model.own_attention)
-    net = lm if model.chooses else lm.base_model  # gives logits, or states
-    plain = torch.cat([net(torch.tensor([x], device=lm.device))[0][0].float() for x in sequences])
-    lm.set_attn_implementation(attention)
-    if not model.chooses:
-        return ((states - plain).norm() / plain.norm()).item()
-    plain = plain[:, : model.num_tokens].softmax(-1)
-    gap = (model.logits(states, 1.0).softmax(-1) - plain).abs().max()
-    for start, prompt, logprobs in zip(packed.starts.tolist(), prompts, sampled, strict=False):
-        first = start + len(prompt)
-        expected = plain[torch.arange(first - 1, first - 1 + len(logprobs)), ids[first : first + len(logprobs)]]
-        gap = torch.maximum(gap, (logprobs.exp() - expected).abs().max())
-    return gap.item()
+    model = getattr(models, role).model
+    uses_kl = role == "actor" and config.use_kl_loss and config.kl_coef > 0
+    reference = models.reference if uses_kl and config.kl_kind == "full" else None
+    outputs = forward(model, part, config, reference)
+    loss = 0.0
+    logged = {}
+    if "values" in outputs:
+        value_loss, value_clipped = clipped_value_loss(
+            outputs["values"], part.old_values, part.returns, config.cliprange_value)
+        loss = value_loss if role == "critic" else config.vf_coef * value_loss
+        logged["value/loss"] = value_loss
+        logged["value/clipfrac"] = value_clipped
+    if role == "critic":
+        return loss, logged
 
-
-def check_passes(model: LanguageModel, prompts: list[list[int]], stop_ids: set[int], c: Config) -> None:
-    """Makes sure that sampling and packed passes give what plain passes give; else sequences go one by one from now on.
-
-    Raises UsageError if that is not enough.
-    """
-    name, tolerance = type(model.lm).__name__, 1e-4 if model.lm.dtype == torch.float32 else 5e-2
-    for packs, attention in ((True, "packed"), (False, model.own_attention)):
-        model.lm.set_attn_implementation(attention)
-        model.packs, model.engine = packs, None
-        try:
-            found, model.engine = distance_from_plain(model, prompts, stop_ids, c), None
-            fits = found <= tolerance
-        except Exception as error:  # an unknown architecture may raise anything; the second way decides
-            found, fits = repr(error), False
-        if not sum_over_ranks(torch.tensor(float(not fits))).item():  # all ranks take the same way
-            return None if packs else warn(f"{name} does not fit packed attention: slow, one row per pass")
-    raise UsageError(f"{name} is not supported: its probabilities cannot be reproduced ({found})")
-
-
-# ---- Update ---------------------------------------------------------------------------------------------------------
-
-
-def ppo_loss(role: str, models: Models, part: Rollout, weights: Tensor, kl_coef: float, c: Config) -> tuple:
-    """The loss of a micro-batch, a sum over its tokens, and what to log of each token.
-
-    The policy's terms for the "actor", the value loss for the "critic", both with a shared critic.
-    """
-    model, old_logprobs, loss, logged = getattr(models, role).model, part.old_logprobs, 0.0, {}
-    uses_kl = role == "actor" and c.use_kl_loss and c.kl_coef > 0
-    reference = models.reference if uses_kl and c.kl_kind == "full" else None
-    logprobs, entropy, values, kl = forward(model, part, c.temperature, reference)
-    if values is not None:
-        value_loss, value_clipped = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
-        loss = value_loss if role == "critic" else c.vf_coef * value_loss
-        logged = {"value/loss": value_loss, "value/clipfrac": value_clipped}
-    if logprobs is None:
-        return (loss * weights).sum(), logged
-    if c.on_policy and model.lm.dtype != torch.float32:
-        old_logprobs = logprobs.detach()  # as exact as a pass of its own, which collect_rollout has saved
-    low = c.clip_ratio if c.clip_ratio_low is None else c.clip_ratio_low
-    high = c.clip_ratio if c.clip_ratio_high is None else c.clip_ratio_high
+    logprobs = outputs["logprobs"]
+    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
+    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
     policy_loss, ratio, clipped, bounded = clipped_policy_loss(
-        logprobs, old_logprobs, part.advantages, low, high, c.clip_ratio_c)
-    loss = loss + policy_loss - c.entropy_coeff * entropy
+        logprobs, part.old_logprobs, part.advantages, low, high, config.clip_ratio_c)
+    if part.is_weights is not None:
+        policy_loss = policy_loss * part.is_weights
+    loss = loss + policy_loss - config.entropy_coeff * outputs["entropy"]
     if uses_kl:
-        loss = loss + kl_coef * (kl if reference else estimate_kl(logprobs, part.ref_logprobs, c.kl_kind))
-    return (loss * weights).sum(), logged | {
-        "policy/loss": policy_loss, "policy/entropy": entropy, "policy/clipfrac": clipped, "ratio": ratio,
-        "policy/approx_kl": estimate_kl(old_logprobs, logprobs, "k3"), "policy/clipfrac_lower": bounded}
+        kl = outputs["kl"] if reference else estimate_kl(logprobs, part.ref_logprobs, config.kl_kind)
+        loss = loss + kl_coef * kl
+    logged["policy/loss"] = policy_loss
+    logged["policy/entropy"] = outputs["entropy"]
+    logged["policy/ratio"] = ratio
+    logged["policy/clipfrac"] = clipped
+    logged["policy/clipfrac_lower"] = bounded
+    logged["policy/approx_kl"] = estimate_kl(part.old_logprobs, logprobs, "k3")
+    return loss, logged
 
 
 def train_mini_batch(
-    role: str, models: Models, rollout: Rollout, batch: list[int], lr_factor: float, kl_coef: float, c: Config
-) -> dict:
-    """One optimizer step on the summed gradients of the micro-batches; none if approx_kl passes early_stop_kl.
+    role: str, models: Models, rollout: Rollout, batch: list[int], lr_factor: float, kl_coef: float,
+    config: Config,
+) -> dict[str, float]:
+    """One optimizer step on the summed gradients of the micro-batches, or none: see early_stop_kl.
 
-    Returns the sums over tokens of what the loss logs (weighted for `.../loss`), and tokens, stopped, grad_norm.
+    Returns "tokens", "stopped", "grad_norm", and what the loss logs: a loss weighted as it is itself,
+    anything else as the mean over tokens.
     """
-    learner, weights, sums = getattr(models, role), torch.zeros_like(rollout.mask), defaultdict(float)
-    weights[batch] = loss_weights(rollout.mask[batch], c.loss_agg_mode, c.loss_scale_factor or c.max_response_length)
-    with whole_weights(learner.model, models.reference if role == "actor" and c.kl_kind == "full" else None):
-        for rows, part in micro_batches(batch, rollout, c):
+    learner = getattr(models, role)
+    mask = rollout.mask
+    tokens = sum_over_ranks(mask[batch].sum())
+    scale = config.loss_scale_factor or config.max_response_length
+    weights = torch.zeros_like(mask)
+    weights[batch] = loss_weights(mask[batch], config.loss_agg_mode, scale)
+    sums = defaultdict(float)
+    with whole_weights(learner.model, models.reference if config.kl_kind == "full" else None):
+        for rows, part in micro_batches(batch, rollout, config):
             width = part.mask.shape[1]
-            loss, logged = ppo_loss(role, models, part, weights[rows, :width], kl_coef, c)
-            learner.backward(loss)
-            if role == "actor":
-                rollout.ratio[rows, :width] = logged.pop("ratio") * part.mask
-                rollout.clipped[rows, :width] = logged["policy/clipfrac"]
+            loss, logged = ppo_loss(role, models, part, kl_coef, config)
+            learner.backward((loss * weights[rows, :width]).sum())
             for name, x in logged.items():
-                sums[name] += (x.detach() * (weights[rows, :width] if name.endswith("/loss") else part.mask)).sum()
-    sums["tokens"] = rollout.mask[batch].sum()
-    totals = torch.cat([sum_over_ranks(torch.stack(list(sums.values()))), learner.clip_gradient()[None]])
-    result = dict(zip([*sums, "grad_norm"], totals.tolist(), strict=True))  # the step's only wait for the device
-    stop_kl = math.inf if c.early_stop_kl is None else c.early_stop_kl
-    result["stopped"] = result.get("policy/approx_kl", 0.0) > stop_kl * result["tokens"]
-    if result["stopped"]:
+                share = weights[rows, :width] if name.endswith("/loss") else part.mask / tokens
+                sums[name] += (x.detach() * share).sum()
+            if role == "actor":
+                rollout.ratio[rows, :width] = logged["policy/ratio"] * part.mask
+                rollout.clipped[rows, :width] = logged["policy/clipfrac"] * part.mask
+    totals = sum_over_ranks(torch.stack(list(sums.values()))).tolist()
+    metrics = dict(zip(sums, totals, strict=True))
+    metrics["tokens"] = tokens.item()
+    metrics["grad_norm"] = learner.clip_gradient()
+    stop_kl = math.inf if config.early_stop_kl is None else config.early_stop_kl
+    metrics["stopped"] = metrics.get("policy/approx_kl", 0.0) > stop_kl
+    if metrics["stopped"]:
         learner.drop_gradient()
-        return result | {"grad_norm": math.nan}
-    learner.step(lr_factor, result["grad_norm"])
-    return result
+    else:
+        learner.step(lr_factor, metrics["grad_norm"])
+    return metrics
 
 
-def update(role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, c: Config) -> dict:
-    """The epochs of the "actor" (with the value loss, when the critic is shared) or of the separate "critic": metrics.
+def average(history: list[dict[str, float]]) -> dict[str, float]:
+    """Means over mini-batches: of a loss over the optimizer steps, of anything else over the tokens."""
+    means = {}
+    tokens = sum(metrics["tokens"] for metrics in history)
+    for name in history[0]:
+        if name.endswith("/loss"):
+            means[name] = sum(metrics[name] for metrics in history) / len(history)
+        elif "/" in name and name != "policy/ratio":
+            means[name] = sum(metrics[name] * metrics["tokens"] for metrics in history) / tokens
+    return means
 
-    Every epoch is a fresh permutation of the rollout. With critic_early_stop a tenth of it is held out, and the epochs
-    of the critic end when its loss there stops falling.
+
+def update(
+    role: str, models: Models, rollout: Rollout, step: int, total: int, kl_coef: float, config: Config
+) -> dict[str, float]:
+    """The epochs of the "actor" (and a shared critic) or of the "critic", each a fresh permutation: metrics.
+
+    With critic_early_stop a tenth of the rollout is held out: epochs end when the loss there stops falling.
     """
-    clock, actor, learner = clock_now(), role == "actor", getattr(models, role)
-    epochs = c.ppo_epochs if actor else c.critic_ppo_epochs or c.ppo_epochs
-    size = c.ppo_mini_batch_size if actor else c.critic_ppo_mini_batch_size or c.ppo_mini_batch_size
-    delay = c.critic_warmup if actor else 0  # the actor's schedule starts when it does
-    held_out = [] if actor or not c.critic_early_stop else list(range(0, c.rollout_size, 10))
-    rows = sorted(set(range(c.rollout_size)) - set(held_out))
-    updates, history, losses = epochs * math.ceil(len(rows) / size), [], [math.inf]
-    learner.model.train()  # dropout is 0; transformers checkpoints activations in this mode only
+    clock = clock_now()
+    learner = getattr(models, role)
+    rows = list(range(config.rollout_size))
+    held_out = []
+    epochs = config.ppo_epochs
+    size = config.ppo_mini_batch_size
+    schedule_start = config.critic_warmup  # the actor's learning rate starts when the actor does
+    if role == "critic":
+        epochs = config.critic_ppo_epochs or epochs
+        size = config.critic_ppo_mini_batch_size or size
+        schedule_start = 0
+        if config.critic_early_stop:
+            held_out = rows[::10]
+            rows = [i for i in rows if i % 10 != 0]
+    updates = epochs * math.ceil(len(rows) / size)
+    history = []
+    best_loss = math.inf
     for epoch in range(epochs):
-        order = torch.randperm(len(rows), generator=seeded("cpu", c.seed, "shuffle", step, epoch)).tolist()
-        for start in range(0, len(rows), size):
-            progress = step - delay + len(history) / updates
-            lr_factor = learning_rate_factor(progress, updates, total - delay, c.warmup_steps, c.lr_schedule)
-            batch = [rows[i] for i in order[start : start + size]]
-            history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, c))
-            if actor and len(history) == 1:
-                first = 1 + ((rollout.ratio[batch] - 1) * rollout.mask[batch]).abs().max().item()
+        for batch in shuffled_batches(rows, size, step, epoch, config):
+            progress = step - schedule_start + len(history) / updates
+            lr_factor = learning_rate_factor(
+                progress, updates, total - schedule_start, config.warmup_steps, config.lr_schedule)
+            history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, config))
+            if role == "actor" and len(history) == 1:  # nothing has changed yet: the ratio must be 1
+                first_ratio = 1 + largest_gap(rollout, batch)
             if history[-1]["stopped"]:
                 break
-        if held_out:
-            part = rollout.take(held_out)
-            values = score_tokens(learner.model, part, c)[VALUES]
-            loss, _ = clipped_value_loss(values, part.old_values, part.returns, c.cliprange_value)
-            losses.append(masked_mean(loss, part.mask).item())
-        if history[-1]["stopped"] or (held_out and losses[-1] >= losses[-2]):
+        if history[-1]["stopped"]:
             break
-    learner.model.eval()
-    tokens, names = sum(h["tokens"] for h in history), [name for name in history[0] if "/" in name]
-    metrics = {n: sum(h[n] for h in history) / (len(history) if n.endswith("/loss") else tokens) for n in names}
-    metrics |= {"policy/ratio_first": first} if actor else {}
+        if held_out:
+            loss = held_out_loss(learner.model, rollout, held_out, config)
+            if loss >= best_loss:
+                break
+            best_loss = loss
+    prefix = "optim/" if role == "actor" else "optim/critic_"
+    metrics = average(history)
+    metrics[f"{prefix}lr"] = lr_factor * learner.base_lr
+    metrics[f"{prefix}grad_norm"] = history[0]["grad_norm"]
     metrics["optim/skipped_steps"] = sum(x.skipped_steps for x in (models.actor, models.critic) if x)
-    prefix = "optim/" if actor else "optim/critic_"
-    return metrics | {f"{prefix}lr": lr_factor * learner.base_lr, f"{prefix}grad_norm": history[0]["grad_norm"],
-                      f"time/update_{role}": clock_now() - clock}
+    if role == "actor":
+        metrics["policy/ratio_first"] = first_ratio
+    metrics[f"time/update_{role}"] = clock_now() - clock
+    return metrics
 
 
-# ---- Evaluation, logs, checkpoints ----------------------------------------------------------------------------------
+def shuffled_batches(
+    rows: list[int], size: int, step: int, epoch: int, config: Config
+) -> Iterator[list[int]]:
+    """Mini-batches of the rows in an order that depends on the seed, the step and the epoch only."""
+    order = torch.randperm(len(rows), generator=seeded("cpu", config.seed, "shuffle", step, epoch)).tolist()
+    for start in range(0, len(rows), size):
+        yield [rows[i] for i in order[start : start + size]]
+
+
+def largest_gap(rollout: Rollout, batch: list[int]) -> float:
+    """The largest distance of a ratio from 1 in a mini-batch."""
+    gaps = (rollout.ratio[batch] - 1).abs() * rollout.mask[batch]
+    return max_over_ranks(gaps.max()).item()
+
+
+def held_out_loss(critic: LanguageModel, rollout: Rollout, rows: list[int], config: Config) -> float:
+    """The critic's loss on rows that it does not learn from."""
+    part = rollout.take(rows)
+    values = score_tokens(critic, part, config, only_values=True)["values"]
+    loss, _ = clipped_value_loss(values, part.old_values, part.returns, config.cliprange_value)
+    return masked_mean(loss, part.mask).item()
+
+
+# ---- Main ------------------------------------------------------------------------------------------------
+
+
+def prompt_order(num_examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which examples a step uses: in every epoch a fresh permutation, without its incomplete last batch."""
+    epoch, batch = divmod(step, num_examples // batch_size)
+    order = torch.randperm(num_examples, generator=seeded("cpu", seed, "prompts", epoch)).tolist()
+    return order[batch * batch_size : (batch + 1) * batch_size]
+
+
+def main(config: Config) -> None:
+    check_config(config)
+    tokenizer = load_tokenizer(config)
+    examples, evals = load_examples(tokenizer, config)
+    reward = load_reward(config)
+    total = config.total_steps
+    if total is None:
+        total = config.total_epochs * (len(examples) // config.train_batch_size)
+    with Run(config, total) as run:
+        run.print_plan(tokenizer, examples, evals)
+        models = build_models(tokenizer, config)
+        kl_controller = AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_ctrl_horizon)
+        start = 0
+        if run.checkpoint:
+            start, kl_controller.coef = load_checkpoint(run, models)
+        run.begin(start)
+        for step in run.progress_bar(start):
+            kl_coef = kl_controller.coef
+            run.evaluate_if_due(step, models, reward, evals, kl_coef)
+            clock = clock_now()
+            order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
+            batch = [examples[i] for i in order for _ in range(config.rollout_n)]
+            with run.saving_on_error(step, models, kl_coef):
+                rollout, metrics = collect_rollout(models, reward, batch, step, kl_coef, config)
+            if models.critic:
+                metrics |= update("critic", models, rollout, step, total, kl_coef, config)
+            if step >= config.critic_warmup:
+                metrics |= update("actor", models, rollout, step, total, kl_coef, config)
+            kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
+            run.log_step(step + 1, metrics, rollout, models, clock_now() - clock)
+            stopping = run.is_stopping()
+            if stopping or run.is_save_due(step + 1):
+                save_checkpoint(run, step + 1, models, kl_controller.coef)
+            if stopping:
+                run.stop(step + 1)
+        run.evaluate_if_due(total, models, reward, evals, kl_controller.coef)
+        if total > 0:
+            export_models(run.folder, models, config)
+
+
+# ==========================================================================================================
+# The algorithm ends here. What follows is what every training script needs: checks, data, rewards, logs.
+# ==========================================================================================================
+
+
+# ---- Checks ----------------------------------------------------------------------------------------------
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
+
+
+def seeded(device: torch.device | str, *parts) -> torch.Generator:
+    """A generator that depends on nothing but its arguments, such as (seed, "sampling", step)."""
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return torch.Generator(device).manual_seed(int(digest[:14], 16))
+
+
+def clock_now() -> float:
+    """Seconds, when the device has done what it was given: a phase is charged for its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+AT_MOST_1 = "reference_mix gamma lam lam_critic attribution_discount".split()
+POSITIVE = """train_batch_size rollout_n max_prompt_length max_response_length temperature rollout_slots
+    rollout_is_cap ppo_epochs ppo_mini_batch_size critic_ppo_epochs critic_ppo_mini_batch_size
+    micro_batch_tokens lora_rank lora_alpha kl_ctrl_target kl_ctrl_horizon cliprange_value grad_clip
+    loss_scale_factor early_stop_kl eval_size save_total_limit total_epochs""".split()
+
+
+def check_config(config: Config) -> None:
+    """Refuses what cannot work, before anything is loaded. Raises UsageError."""
+    c = config
+    for name, x in vars(c).items():
+        if type(x) in (int, float) and name not in ("seed", "missing_eos_penalty", "entropy_coeff"):
+            if not 0 <= x < math.inf or (x == 0 and name in POSITIVE) or (x > 1 and name in AT_MOST_1):
+                raise UsageError(f"{name} cannot be {x}")
+    has_own_critic = c.uses_critic and c.critic == "separate"
+    critic_flags = [c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup]
+    adaptive = c.kl_ctrl_type == "adaptive"
+    mini_batch_sizes = [c.ppo_mini_batch_size, c.critic_ppo_mini_batch_size or 1]
+    for is_wrong, sentence in (
+        (c.device.startswith("cuda") and not torch.cuda.is_available(), f"device {c.device}: no CUDA here"),
+        (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c must exceed 1"),
+        (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward or use_kl_loss: choose one"),
+        (c.reference == "previous" and (adaptive or not c.use_kl_loss),
+         "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
+        (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
+        (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
+        (not has_own_critic and (any(critic_flags) or c.critic_early_stop),
+         f"with critic {c.critic} and adv_estimator {c.adv_estimator} no critic has an optimizer of its own:"
+         " of the critic_* flags at most critic_lr applies"),
+        (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2,
+         "critic_early_stop needs 2 epochs of the critic"),
+        (not c.lora_rank and (c.lora_alpha or c.lora_target != "all-linear"), "lora_* flags need lora_rank"),
+        (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
+         f"adv_estimator {c.adv_estimator} compares responses to a prompt: rollout_n must be 2 or more"),
+        (any(c.rollout_size % size for size in mini_batch_sizes),
+         f"train_batch_size * rollout_n = {c.rollout_size} responses must divide into mini-batches:"
+         f" {fitting_sizes(c.train_batch_size, c)}"),
+        (c.total_steps and c.critic_warmup >= c.total_steps, "critic_warmup leaves the actor no step"),
+    ):
+        if is_wrong:
+            raise UsageError(sentence)
+    warn_of_settings(c)
+
+
+def fitting_sizes(num_prompts: int, config: Config) -> str:
+    """Flags whose sizes fit so many prompts, with at least as many optimizer steps per epoch as now."""
+    prompts = min(num_prompts, config.train_batch_size)
+    responses = prompts * config.rollout_n
+    wanted = max(1, responses * config.ppo_mini_batch_size // config.rollout_size)
+    size = max(d for d in range(1, wanted + 1) if responses % d == 0)
+    flags = f"use --train_batch_size {prompts} --ppo_mini_batch_size {size}"
+    if config.critic_ppo_mini_batch_size:
+        flags += f" --critic_ppo_mini_batch_size {size}"
+    return flags
+
+
+def warn_of_settings(c: Config) -> None:
+    """Says what is allowed, but does not do what one would expect."""
+    if c.kl_coef and c.kl_in_reward and c.kl_kind != "k1":
+        warn(f"kl_penalty {c.kl_kind}: in the reward only k1 gives the gradient of KL(policy, reference)")
+    if c.kl_coef and c.use_kl_loss and c.kl_kind in ("k1", "abs", "k3"):
+        warn(f"kl_loss_type {c.kl_kind} lacks the gradient of KL(policy, reference); k2, full and + have it")
+    usual = DEMO if c.model == DEMO.model else Config()
+    idle = []
+    for has_no_effect, names in (
+        (not c.uses_critic, "lam lam_critic critic critic_lr cliprange_value value_pooling"),
+        (not c.uses_critic or c.critic == "separate", "vf_coef"),
+        (c.adv_estimator not in ("gae", "reinforce_plus_plus"), "gamma"),
+        (c.adv_estimator != "grpo", "norm_adv_by_std"),
+        (c.kl_ctrl_type == "fixed", "kl_ctrl_target kl_ctrl_horizon kl_ctrl_unit"),
+        (not c.kl_in_reward, "kl_penalty kl_ctrl_coef"),
+        (not c.use_kl_loss, "kl_loss_coef kl_loss_type"),
+        (c.reference != "mixed", "reference_mix"),
+        (c.reward_attribution != "discounted", "attribution_discount"),
+        (c.loss_agg_mode != "seq-mean-token-sum-norm", "loss_scale_factor"),
+        (c.total_steps is not None, "total_epochs"),
+        (c.eval_every == 0, "eval_size eval_dataset"),
+    ):
+        if has_no_effect:
+            idle += [name for name in names.split() if getattr(c, name) != getattr(usual, name)]
+    if idle:
+        warn(f"without effect beside the other options: {', '.join(idle)} (docs/choosing.md says why)")
+
+
+def check_finite(rollout: Rollout) -> None:
+    """Raises Diverged, on all ranks, if a log-prob or a value is not finite."""
+    for name in ("old_logprobs", "ref_logprobs", "old_values"):
+        x = getattr(rollout, name)
+        if x is not None and sum_over_ranks((~torch.isfinite(x)).sum()) > 0:
+            raise Diverged(f"{name} are not finite: the weights have diverged (lower lr and critic_lr)")
+
+
+def check_health(metrics: dict, step: int, said: set[str]) -> None:
+    """Says once, with its likely cause, what the numbers of a step show to be wrong."""
+    m = defaultdict(lambda: math.nan, metrics)  # comparisons with NaN are false: what is missing is not wrong
+    ratio_gap = 0.0 if "rollout/logprob_gap" in metrics else abs(m["policy/ratio_first"] - 1)
+    for is_wrong, sentence in (
+        (ratio_gap > 1e-4, "the first ratio is not 1: sampling and training disagree"),
+        (m["rollout/logprob_gap"] > 3e-2, "sampled and scored probabilities are over 0.03 apart in the"
+         " mean: the rollout is not of the policy that is trained"),
+        (step == 0 and abs(m["reward/kl"]) > 1e-2, "the first KL is not 0: the reference is another policy"),
+        (step == 4 and m["reward/score_std"] < 1e-6, "all responses have the same score: nothing is learned"),
+        (m["reward/kl"] < -0.05, "the KL is negative: log-probs are not those of the sampler"),
+        (m["reward/kl"] > 1, "the KL passes 1 per token: its coefficient is too low, or the optimizer's noise"
+         " drives it (lower lr, or a larger batch)"),
+        (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length is too short,"
+         " the stop tokens are wrong, or the task has a fixed length and all is well"),
+        (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL's"),
+        (m["policy/clipfrac"] > 0.3, "over 30 % of the tokens are clipped: lower lr or ppo_epochs"),
+        (m["value/explained_variance"] < -1 and m["value/loss"] > 0.1, "the critic is far worse than a"
+         " constant: lower critic_lr, or begin with critic_warmup"),
+        (m["value/loss"] > 100 + 100 * m["reward/score_std"] ** 2, "the values have left the range of the"
+         " scores: lower critic_lr"),
+    ):
+        if is_wrong and sentence not in said:
+            said.add(sentence)
+            warn(f"step {step + 1}: {sentence}")
+
+
+# ---- Loading models --------------------------------------------------------------------------------------
+
+
+def read_model_config(name: str, config: Config):
+    """The configuration of a model. Raises UsageError if it cannot do what is asked of it."""
+    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+        raise UsageError(f"{name} is a LoRA adapter: merge it first (docs/reward_models.md has the command)")
+    try:
+        lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if name == DEMO.model:
+            reason = "the bundled demo is not beside this script: give --model"
+        raise UsageError(f"model {name}: {reason}") from error
+    if lm_config.is_encoder_decoder:
+        raise UsageError(f"{name} is an encoder-decoder model: only decoders are supported")
+    if "SequenceClassification" in str(lm_config.architectures) and lm_config.num_labels != 1:
+        raise UsageError(f"{name} has {lm_config.num_labels} outputs, a reward model has one")
+    return lm_config
+
+
+def check_context(name: str, config: Config) -> None:
+    """Raises UsageError if prompts and responses can be longer than the positions of a model allow."""
+    lm_config = read_model_config(name, config).get_text_config()
+    length = config.max_prompt_length + config.max_response_length
+    context = getattr(lm_config, "max_position_embeddings", None) or length
+    limit = context
+    ropes = getattr(lm_config, "rope_parameters", None) or {}
+    for rope in [ropes, *ropes.values()]:  # they change for all rows of a pass when one row is longer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
+            limit = rope.get("original_max_position_embeddings") or context
+    if length > limit:
+        raise UsageError(f"max_prompt_length + max_response_length = {length} tokens, but {name} has"
+                         f" positions for {limit} that do not depend on the other rows of a pass")
+
+
+def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
+    """Also finds what is wrong with the models before their weights are loaded. Raises UsageError."""
+    transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards
+    transformers.utils.logging.disable_progress_bar()
+    known = []
+    for name in (config.model, config.critic_model or config.model):
+        check_context(name, config)
+        known.append(read_model_config(name, config).get_text_config().vocab_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
+    if known[1] < min(known[0], len(tokenizer)):
+        raise UsageError(f"critic_model knows {known[1]} tokens, the policy {known[0]}")
+    return tokenizer
+
+
+def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
+    """A pretrained model in eval mode. Raises UsageError if it cannot be loaded or a weight is not finite."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    try:
+        lm = auto_class.from_pretrained(name, **options).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {name}: {str(error).splitlines()[0]}") from error
+    if getattr(lm, "_is_stateful", False):
+        raise UsageError(f"{name} is a state-space model: only those with an ordinary KV cache are supported")
+    for key, weight in lm.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UsageError(f"{name}: weight {key} is not finite")
+    if config.gradient_checkpointing:  # not transformers' own, which needs train mode
+        for layer in lm.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    return lm
+
+
+def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
+    """LoRA (arXiv:2106.09685): beside a target layer W x, alpha / rank * B (A x) with B = 0 at the start."""
+    from peft import LoraConfig
+
+    torch.manual_seed(config.seed)  # peft initialises A from the global generator
+    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
+    targets = [target.strip() for target in config.lora_target.split(",")]
+    for target in targets:
+        layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
+        if not target.startswith("all") and (not layers or lm.get_output_embeddings() in layers):
+            raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
+    if targets in (["all"], ["all-linear"]):
+        targets = "all-linear"
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+    for name in names:
+        with warnings.catch_warnings(action="ignore"):  # peft's, that there are two of them
+            lm.add_adapter(lora, name)
+    lm.selected_adapter = names[-1]
+
+
+def find_stop_ids(lm: nn.Module, tokenizer) -> set[int]:
+    """Where responses end: eos, those of generation_config, and what the chat template puts after a turn."""
+    eos = lm.generation_config.eos_token_id
+    stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Reply"}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Reply")[2]
+        ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
+        if ids and ids[0] in tokenizer.added_tokens_decoder:
+            stop_ids.add(ids[0])
+    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
+    print(f"stop tokens: {printable(tokens)}")
+    return stop_ids
+
+
+# ---- Data ------------------------------------------------------------------------------------------------
+
+
+def read_rows(source: str, split: str) -> list[dict]:
+    """Rows of a local file, the demo, or a Hub data set NAME[:CONFIG[:SPLIT]]. Raises UsageError."""
+    path = HERE / "assets" / "demo" / f"{split}.jsonl" if source == "demo" else Path(source)
+    datasets.disable_progress_bars()
+    try:
+        if re.search(r"\.jsonl?(\.gz)?$", path.name):
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                rows = read_json(file.read())
+        elif re.search(r"\.csv(\.gz)?$", path.name):  # text as it stands in the file
+            with warnings.catch_warnings(action="error"):  # pandas only warns when it cuts long rows
+                table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            rows = table.to_dict("records")
+        elif path.suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
+        elif path.is_dir():
+            saved = datasets.load_from_disk(source)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"there is no split {split}; there are {', '.join(saved)}")
+            rows = (saved[split] if isinstance(saved, dict) else saved).to_list()
+        else:
+            name, part, named_split = f"{source}::".split(":", 2)
+            part = part or ("main" if name.endswith("gsm8k") else None)
+            rows = datasets.load_dataset(name, part, split=named_split.rstrip(":") or split).to_list()
+    except Exception as error:  # whatever the reader says, the user can only mend the source
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UsageError(f"{source}: {reason} (json, jsonl and csv in UTF-8, also .gz, parquet, a folder of"
+                         " save_to_disk and names of the Hub can be read)") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{source}: {'rows must be objects' if rows else 'no rows'}")
+    return rows
+
+
+def read_json(text: str) -> list:
+    """One JSON array, or one object per line; numbers stay the text that stands in the file."""
+    read = functools.partial(json.loads, parse_int=str, parse_float=str, parse_constant=str)
+    if text.lstrip().startswith("["):
+        return read(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(read(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+    return rows
+
+
+def read_messages(value) -> list[dict]:
+    """Turns of role and content, from text, OpenAI's parts or ShareGPT's from/value. Raises ValueError."""
+    if isinstance(value, str):
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise ValueError("there is no text and no list of turns")
+    messages = []
+    for turn in value:
+        role = turn.get("role") or turn.get("from")
+        content = turn.get("content") or turn.get("value")
+        if isinstance(content, list):
+            if any(part["type"] != "text" for part in content):
+                raise ValueError("a part of a turn is not text")
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) or not content.strip() or not role or turn.get("tool_calls"):
+            raise ValueError("a turn has no text or no role, or calls tools")
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)  # ShareGPT's names
+        messages.append({"role": role, "content": content})
+    if all(message["role"] == "assistant" for message in messages):
+        raise ValueError("there is no turn to answer")
+    return messages
+
+
+def read_answer(value) -> str:
+    """The ground truth as text; "" where there is none. Raises ValueError."""
+    if isinstance(value, dict) and "ground_truth" in value:  # verl's reward_model
+        value = value["ground_truth"]
+    if isinstance(value, (list, dict, bytes)):
+        raise ValueError(f"the answer is a {type(value).__name__}, not text or a number")
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if pandas.isna(value) else str(value)
+
+
+def render(messages: list[dict], tokenizer, is_prompt: bool) -> list[int]:
+    """Token ids of a conversation: up to where the assistant begins to speak, or (no prompt) as it is."""
+    if tokenizer.chat_template:  # it writes what special tokens there are: no second BOS
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=is_prompt, return_dict=False)
+    ids = tokenizer("\n".join(message["content"] for message in messages)).input_ids
+    eos = tokenizer.eos_token_id
+    if ids[-1:] == [eos]:  # a prompt has not ended
+        ids = ids[:-1]
+    return ids if is_prompt or eos is None else [*ids, eos]
+
+
+def make_example(
+    row: dict, prompt_column: str, answer_column: str | None, tokenizer, config: Config
+) -> Example:
+    """Raises ValueError, or what the tokenizer and its template raise, if the row cannot be used."""
+    value = row.get(prompt_column)
+    if isinstance(value, str) and prompt_column == "question" and config.reward == "gsm8k":
+        value = f"{value} {GSM8K_INSTRUCTION}"
+    if isinstance(value, str) and prompt_column == "instruction" and row.get("input"):
+        value = f"{value}\n{row['input']}"
+    messages = read_messages(value)
+    answer = read_answer(row.get(answer_column))
+    while messages[-1]["role"] == "assistant":
+        answer = answer or messages[-1]["content"]
+        messages.pop()
+    if config.reward == "gsm8k":
+        answer = answer.split("####")[-1].strip().replace(",", "")
+    text = messages[-1]["content"]
+    if config.system_prompt:
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    prompt = render(messages, tokenizer, is_prompt=True)
+    if not prompt:
+        raise ValueError("the prompt has no tokens")
+    return Example(text, answer, prompt, messages)
+
+
+def find_column(columns: list[str], wanted: str | None, usual: str, source: str) -> str | None:
+    """The wanted column (UsageError: it is missing), else the first usual one, else None."""
+    for name in [wanted] if wanted else usual.split():
+        if name in columns:
+            return name
+    if wanted:
+        raise UsageError(f"{source}: there is no column {wanted!r}; there are {', '.join(columns)}")
+    return None
+
+
+def make_examples(rows: list[dict], tokenizer, config: Config, source: str, training: bool) -> list[Example]:
+    """Rows -> examples. Evaluation rows that are too long are cut, never dropped. Raises UsageError."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    usual = "question instruction prompt messages conversations"
+    prompt_column = find_column(columns, config.prompt_column, usual, source)
+    usual_answers = "answer output ground_truth reward_model"
+    answer_column = find_column(columns, config.answer_column, usual_answers, source)
+    if prompt_column is None:
+        raise UsageError(f"{source}: no column {usual.replace(' ', ', ')}; there are {', '.join(columns)}:"
+                         " choose one with --prompt_column")
+    limit = config.max_prompt_length
+    examples = []
+    for number, row in enumerate(rows, 1):
+        try:
+            examples.append(make_example(row, prompt_column, answer_column, tokenizer, config))
+        except Exception as error:  # the tokenizer's and its template's too
+            raise UsageError(f"{source}: row {number}, column {prompt_column}: {error!r}") from error
+    unanswered = sum(example.answer == "" for example in examples)
+    if unanswered and config.reward == "gsm8k":
+        raise UsageError(f"{source}: {unanswered} of {len(rows)} rows have no answer; reward gsm8k needs it")
+    if unanswered:
+        warn(f"{source}: {unanswered} of {len(rows)} rows have no answer (there are {', '.join(columns)}):"
+             " the reward gets empty ones")
+    replies = sum(read_messages(row[prompt_column])[-1]["role"] == "assistant" for row in rows)
+    if replies:
+        warn(f"{source}: {replies} conversations end with a turn of the assistant, which is cut off")
+    overlong = sum(len(example.prompt) > limit for example in examples)
+    if overlong:
+        done = "dropped" if training else "cut on the left"
+        warn(f"{source}: {overlong} of {len(rows)} prompts have more than {limit} tokens and were {done}")
+    if training:
+        return [example for example in examples if len(example.prompt) <= limit]
+    return [replace(example, prompt=example.prompt[-limit:]) for example in examples]
+
+
+def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Example]]:
+    """Training and evaluation examples; the second list is empty without an evaluation. Raises UsageError."""
+    print(f"data set: {config.dataset} (--dataset chooses another)")
+    rows = read_rows(config.dataset, "train")
+    train = make_examples(rows, tokenizer, config, config.dataset, training=True)
+    if not train:
+        raise UsageError(f"{config.dataset}: no prompt has at most {config.max_prompt_length} tokens")
+    if len(train) < config.train_batch_size:
+        raise UsageError(f"{config.dataset}: {len(train)} prompts, but train_batch_size is"
+                         f" {config.train_batch_size}: {fitting_sizes(len(train), config)}")
+    source = config.eval_dataset
+    if source is None and config.dataset.split(":")[0] in ("demo", "gsm8k", "openai/gsm8k"):
+        source = config.dataset.split(":")[0]
+    evals = []
+    if source is not None and config.eval_every > 0:
+        rows = read_rows(source, "test")[: config.eval_size]
+        evals = make_examples(rows, tokenizer, config, source, training=False)
+    common = {tuple(example.prompt) for example in train} & {tuple(example.prompt) for example in evals}
+    if common:
+        warn(f"{len(common)} prompts of {config.dataset} are evaluation prompts too")
+    known = read_model_config(config.model, config).get_text_config().vocab_size
+    highest = max(max(example.prompt) for example in train + evals)
+    if highest >= known:
+        raise UsageError(f"{config.model}: token {highest} of the tokenizer, but the model knows {known}")
+    return train, evals
+
+
+# ---- Rewards: reward(examples, responses) -> scores, or (scores, {metric: a number per response}) --------
+
+
+def score_gsm8k_strict(response: str, answer: str) -> float:
+    """verl's rule: 1 if the last "#### NUMBER" of the last 300 characters, without commas, is the answer."""
+    found = re.findall(r"#### (-?[0-9.,]+)", response[-300:])
+    return float(bool(found) and found[-1].replace(",", "") == answer)
+
+
+def score_gsm8k_flexible(response: str, answer: str) -> float:
+    """1 if the number after the last "####", else the last number, is the answer: 1,000 = $1000 = 1000.00."""
+    number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+    found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
+    try:
+        numbers = [float(re.sub("[,$]", "", text)) for text in (*found[-1:], answer)]
+        return float(len(numbers) == 2 and numbers[0] == numbers[1])
+    except ValueError:  # the answer is not a number, or the response has two minus signs
+        return 0.0
+
+
+def load_function(spec: str, option: str) -> Callable:
+    """FILE.py:function, imported into this process. Raises UsageError."""
+    path, _, name = spec.rpartition(":")
+    module_name = f"{option}_{Path(path).stem}"
+    try:
+        sys.path.append(str(Path(path).resolve().parent))  # for what it imports
+        found = importlib.util.spec_from_file_location(module_name, path)
+        sys.modules[module_name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(sys.modules[module_name])
+        return getattr(sys.modules[module_name], name)
+    except Exception as error:
+        traceback.print_exc()
+        raise UsageError(f"{option} {spec} cannot be loaded: {error!r}") from error
+
+
+def find_fault(
+    responses: list, logprobs: list, count: int, num_tokens: int, config: Config
+) -> str | None:
+    """Why what a rollout hook returned cannot be trained on, or None."""
+    if len(responses) != count or len(logprobs) != count:
+        return f"rollout: {len(responses)} responses, {len(logprobs)} log-probs, {count} prompts"
+    for i, (tokens, logprob) in enumerate(zip(responses, logprobs, strict=True)):
+        if not 1 <= len(tokens) <= config.max_response_length or len(logprob) != len(tokens):
+            return (f"rollout: response {i} has {len(tokens)} tokens and {len(logprob)} log-probs, not 1 to"
+                    f" {config.max_response_length} of both")
+        if min(tokens) < 0 or max(tokens) >= num_tokens:
+            return f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
+        if not torch.as_tensor(logprob).isfinite().all():
+            return f"rollout: response {i} has a log-prob that is not finite"
+    return None
+
+
+def raise_on_all_ranks(problem: str | None) -> None:
+    """Raises UsageError if a rank has a problem: all save and end together."""
+    if sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
+        raise UsageError(problem or "another rank has failed")
+
+
+class RewardModel:
+    """A sequence-classification model with one output, which reads conversations with its own tokenizer."""
+
+    def __init__(self, name: str, config: Config):
+        self.lm = load_lm(name, AutoModelForSequenceClassification, config)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**20)
+        self.limit = min(context, self.tokenizer.model_max_length)
+        self.budget = config.micro_batch_tokens
+        print(f"reward model: {name}, {self.limit} tokens (longer conversations lose their beginning)")
+
+    @torch.no_grad()
+    def __call__(self, examples: list[Example], responses: list[str]) -> tuple[list[float], dict[str, list]]:
+        """Scores, and which conversations had to be cut at their beginning."""
+        ids = []
+        for example, response in zip(examples, responses, strict=True):
+            talk = [*example.messages, {"role": "assistant", "content": response}]
+            ids.append(render(talk, self.tokenizer, is_prompt=False))
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        size = max(1, self.budget // min(len(ids[by_length[-1]]), self.limit))
+        scores = [0.0] * len(ids)
+        for start in range(0, len(ids), size):
+            batch = by_length[start : start + size]
+            for i, score in zip(batch, self.score([ids[i][-self.limit :] for i in batch]), strict=True):
+                scores[i] = score
+        return scores, {"truncated": [float(len(x) > self.limit) for x in ids]}
+
+    def score(self, sequences: list[list[int]]) -> list[float]:
+        """A decoder's head reads the last token that is not padding: no row may end with the pad token."""
+        last_tokens = {sequence[-1] for sequence in sequences}
+        pad = next(i for i in range(len(last_tokens) + 1) if i not in last_tokens)
+        self.lm.config.get_text_config().pad_token_id = pad
+        rows = [torch.tensor(sequence, device=self.lm.device) for sequence in sequences]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return self.lm(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+
+
+def load_reward(config: Config) -> Callable:
+    """The reward that the option names. Raises UsageError."""
+    spec = config.reward
+    if spec == "gsm8k":
+        function = gsm8k_reward
+    elif ".py:" in spec:
+        function = load_function(spec, "reward")
+    elif spec.endswith(".py"):
+        raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
+    elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
+        return RewardModel(spec, config)
+    else:
+        raise UsageError(f"reward {spec!r} is neither gsm8k, nor FILE.py:function, nor a sequence classifier")
+
+    def reward(examples: list[Example], responses: list[str]):
+        return function([e.text for e in examples], responses, [e.answer for e in examples])
+
+    return reward
+
+
+def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -> list[float]:
+    return [score_gsm8k_strict(*pair) for pair in zip(responses, answers, strict=True)]
+
+
+def read_scores(result, count: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
+    scores, measured = result if isinstance(result, tuple) else (result, {})
+    columns = {**measured, "score": scores}
+    for name, column in columns.items():
+        if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
+            raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
+        columns[name] = [math.nan if isinstance(x, (str, type(None))) else float(x) for x in column]
+        for row, x in enumerate(columns[name]):
+            if not abs(x) < 3e38:  # finite, in fp32 too
+                raise UsageError(f"the reward's {name} of row {row} is {column[row]!r}, not a finite number")
+    return columns.pop("score"), columns
+
+
+def score_responses(reward: Callable, examples: list[Example], responses: list[str]) -> tuple[Tensor, dict]:
+    """Scores [B], and the means of what else the reward measures. Raises UsageError, on all ranks."""
+    problem = None
+    try:
+        scores, measured = read_scores(reward(examples, responses), len(responses))
+    except UsageError as error:
+        problem = str(error)
+    except Exception as error:  # of the user's code
+        traceback.print_exc()
+        problem = f"the reward raised {error!r}"
+    raise_on_all_ranks(problem)
+    means = {}
+    for name in union_over_ranks(list(measured)):
+        x = torch.tensor(measured.get(name, []), dtype=torch.float64)
+        means[name] = masked_mean(x, torch.ones_like(x))
+    return torch.tensor(scores), means
+
+
+def union_over_ranks(names: list[str]) -> list[str]:
+    """All names that a rank has, sorted: what a reward measures may depend on the responses."""
+    return sorted(names)
+
+
+# ---- Evaluation and samples ------------------------------------------------------------------------------
 
 
 def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of x [B] over all ranks, and its standard error."""
     everyone = torch.ones_like(x)
-    mean, count = masked_mean(x, everyone), sum_over_ranks(everyone.sum())
+    mean = masked_mean(x, everyone)
+    count = sum_over_ranks(everyone.sum())
     return mean, (masked_mean((x - mean).square(), everyone) / (count - 1).clamp(min=1)).sqrt()
 
 
-def evaluate(models: Models, reward: Callable, examples: list[Example], config: Config) -> tuple[dict, list[dict]]:
-    """Greedy responses to all examples: mean score and standard error, both GSM8K accuracies, and a few samples."""
+def evaluate(
+    models: Models, reward: Callable, examples: list[Example], kl_coef: float, config: Config
+) -> tuple[dict, list[dict]]:
+    """Greedy responses to all examples: mean score and standard error, GSM8K's accuracies, four samples."""
     rollout = respond(models, examples, config, generator=None)
-    rollout.scores, measured = score_responses(reward, examples, rollout.texts, config.failed_score)
+    scores, measured = score_responses(reward, examples, rollout.texts)
+    rollout.scores = scores.to(rollout.mask.device)
     metrics = {f"eval/{name}": x for name, x in measured.items()}
-    metrics["eval/score"], metrics["eval/standard_error"] = mean_and_error(rollout.scores.double())
+    metrics["eval/score"], metrics["eval/standard_error"] = mean_and_error(scores.double())
     if config.reward == "gsm8k":
-        flexible = [score_gsm8k_flexible(text, e.answer) for text, e in zip(rollout.texts, examples, strict=True)]
+        answers = [example.answer for example in examples]
+        flexible = [score_gsm8k_flexible(*pair) for pair in zip(rollout.texts, answers, strict=True)]
         accuracy, error = mean_and_error(torch.tensor(flexible, dtype=torch.float64))
-        metrics |= {"eval/accuracy": metrics["eval/score"], "eval/accuracy_flexible": accuracy,
-                    "eval/standard_error_flexible": error}
-    return metrics, describe(rollout, "eval", models, config)
+        metrics["eval/accuracy"] = metrics["eval/score"]
+        metrics["eval/accuracy_flexible"] = accuracy
+        metrics["eval/standard_error_flexible"] = error
+    samples = rollout.take(list(range(min(4, len(examples)))))
+    if config.uses_critic:
+        assign_credit(models, samples, kl_coef, config)
+    else:  # a single response has no group to be compared with
+        measure_kl(models, samples, config)
+    return metrics, describe_samples(samples, "eval", 4, models)
 
 
-def describe(r: Rollout, split: str, models: Models, config: Config) -> list[dict]:
-    """The first print_samples responses as samples.jsonl has them, with one number per token for all that is known."""
-    columns = {"logprob": r.old_logprobs, "ref_logprob": r.ref_logprobs, "kl": r.kl, "reward": r.rewards,
-               "value": r.old_values, "advantage": r.advantages, "return": r.returns, "ratio": r.ratio,
-               "clipped": r.clipped}
-    return [{
-        "split": split, "prompt": r.examples[i].text, "response": r.texts[i], "score": r.scores[i].item(),
-        "stop_reason": "stop" if r.stopped[i] else "length", "truncated": not r.stopped[i].item(),
-        "token": models.tokenizer.convert_ids_to_tokens(ids),
-        **{name: None if x is None else x[i, : len(ids)].tolist() for name, x in columns.items()},
-    } for i, ids in enumerate(r.responses[: config.print_samples])]
+def describe_samples(rollout: Rollout, split: str, count: int, models: Models) -> list[dict]:
+    """The first responses as samples.jsonl has them, with one number per token for all that is known."""
+    columns = {
+        "logprob": "old_logprobs", "ref_logprob": "ref_logprobs", "kl": "kl", "reward": "rewards",
+        "value": "old_values", "advantage": "advantages", "return": "returns", "ratio": "ratio",
+        "clipped": "clipped",
+    }
+    samples = []
+    for i, ids in enumerate(rollout.responses[:count]):
+        stopped = rollout.stopped[i].item()
+        sample = {
+            "split": split, "prompt": rollout.examples[i].text, "response": rollout.texts[i],
+            "score": rollout.scores[i].item(), "stop_reason": "stop" if stopped else "length",
+            "truncated": not stopped, "token": models.tokenizer.convert_ids_to_tokens(ids),
+        }
+        for key, name in columns.items():
+            x = getattr(rollout, name)
+            sample[key] = None if x is None else x[i, : len(ids)].tolist()
+        samples.append(sample)
+    return samples
 
 
-CURVES = """eval/score reward/score reward/kl policy/entropy policy/clipfrac policy/approx_kl value/loss
-    value/explained_variance rollout/response_length""".split()
+# ---- The folder of a run ---------------------------------------------------------------------------------
 
 
-def check_health(metrics: dict, step: int, said: set[str]) -> None:
-    """Says once, with its likely cause, what the numbers of a step show to be wrong."""
-    m = defaultdict(lambda: math.nan, metrics)  # comparisons with NaN are false: what is not measured is not wrong
-    tolerance = 2e-2 if "rollout/logprob_gap" in metrics else 1e-4  # bf16; fp32 rounds logits at 1e-7 of their size
-    for wrong, sentence in (
-        (abs(m["policy/ratio_first"] - 1) > tolerance, "the first ratio is not 1: sampling and training disagree"),
-        (step == 0 and abs(m["reward/kl"]) > tolerance, "the first KL is not 0: the reference is another policy"),
-        (step == 4 and m["reward/score_std"] < 1e-6, "all responses get the same score: nothing can be learned"),
-        (m["reward/kl"] < -0.05, "KL is negative: top_p or top_k truncates, or log-probs are not those of the sampler"),
-        (m["rollout/eos_rate"] < 0.05, "hardly a response ends by itself: max_response_length, stop tokens?"),
-        (m["policy/entropy"] < 1e-3, "the entropy has collapsed: lower lr, raise entropy_coeff or the KL coefficient"),
-        (m["policy/clipfrac"] > 0.3, "over 30 % of the tokens are clipped: lower lr or ppo_epochs"),
-        (m["value/explained_variance"] < -1 and m["value/loss"] > 0.1, "the critic is far worse than a constant"),
-    ):
-        if wrong and sentence not in said:
-            said.add(sentence)
-            warn(f"step {step + 1}: {sentence}")
+LAUNCHER = ["python"]
+TAKEN_NAMES = "score_std kl kl_sequence kl_coef accuracy accuracy_flexible standard_error".split()
+CURVES = {  # metric -> unit
+    "eval/score": "mean over rows", "reward/score": "mean over responses", "reward/kl": "nats per token",
+    "policy/entropy": "nats per token", "policy/clipfrac": "share of tokens",
+    "policy/approx_kl": "nats per token",
+    "value/loss": "half squared error", "value/explained_variance": "1 is perfect",
+    "rollout/response_length": "tokens",
+}
+COLUMNS = {  # of the console -> metric
+    "score": "reward/score", "KL": "reward/kl", "entropy": "policy/entropy",
+    "length": "rollout/response_length", "clipped": "policy/clipfrac", "expl.var": "value/explained_variance",
+}
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -1710,214 +1929,495 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def log_metrics(run_dir: Path, step: int, metrics: dict, samples: list[dict], tracker) -> None:
-    """A row of training_metrics.csv, lines of samples.jsonl, and a line of progress."""
-    metrics, path = {name: float(x) for name, x in metrics.items()}, run_dir / "training_metrics.csv"
-    table = pandas.read_csv(path, index_col="step")
-    table = pandas.concat([table, pandas.DataFrame(metrics, index=[step])]).sort_index(axis=1)
-    write_whole(path, table.to_csv(index_label="step"))
-    with open(run_dir / "samples.jsonl", "a") as file:
-        file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
-    if tracker:
-        tracker.log(metrics, step=step)
-    line = ", ".join(f"{name} {metrics[name]:.4g}" for name in [*CURVES, "time/tokens_per_second"] if name in metrics)
-    tqdm.write(f"step {step}: {line}")  # above the progress bar on a terminal, a plain line elsewhere
+def keep_old(path: Path) -> None:
+    """Renames a file or folder to NAME.old."""
+    if path.exists():
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
+        warn(f"{path} is kept as {old.name}")
 
 
-def save_summary(run_dir: Path, config: Config, status: str) -> list[dict]:
-    """summary.json and training_curves.png, made from training_metrics.csv. Returns the rows with an evaluation."""
-    import matplotlib.figure
-
-    table = pandas.read_csv(run_dir / "training_metrics.csv")
-    evaluations = table.filter(regex="^(step|eval/)").dropna(thresh=2).dropna(axis=1).to_dict("records")
-    command = ["python", *sys.argv] + ([] if config.output_dir else ["--output_dir", str(run_dir)])
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    summary = {"status": status, "step": max(table["step"], default=0), "versions": versions,
-               "first_evaluation": evaluations[:1], "last_evaluation": evaluations[-1:],
-               "resume_command": shlex.join(command), "config": asdict(config)}
-    write_whole(run_dir / "summary.json", json.dumps(summary, indent=2))
-    figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
-    for axis, name in zip(figure.subplots(3, 3).flat, CURVES, strict=True):
-        axis.plot("step", name, data=table.reindex(columns=["step", name]).dropna())
-        axis.set(title=name, xlabel="step")
-    figure.savefig(run_dir / "training_curves.png", dpi=80)
-    return evaluations
+def printable(text: str) -> str:
+    """Text on one line, with what a terminal would act on as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))  # the oldest first
+def lock_folder(folder: Path):
+    """Makes the folder of a run and keeps others out of it. Returns the open lock. Raises UsageError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / ".lock").exists():
+        raise UsageError(f"{folder} is not empty and not the folder of a run: choose another output_dir")
+    lock = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.seek(0)
+        raise UsageError(f"{folder} is in use by process {lock.read()}") from error
+    lock.truncate(0)
+    print(os.getpid(), end="", file=lock, flush=True)
+    return lock
 
 
-def open_run(config: Config) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint to go on from (None: from the start). Raises UsageError.
-
-    A folder is continued if the checkpoint lies in it, begun anew if its run died before the first one, else refused.
-    """
-    name = f"ppo_llm-{Path(config.dataset).stem.replace(':', '-')}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    own_dir, link = Path("output", name), Path("output", "ppo_metrics")
-    run_dir = Path(config.output_dir or own_dir)
-    newest = next(reversed(checkpoints(run_dir)), None)
-    start = {"auto": newest, "never": None, "must": newest or run_dir}.get(config.resume, Path(config.resume))
-    if start and not (start / "state.json").is_file():
-        raise UsageError(f"resume {config.resume}: no checkpoint in {start}")
-    continued = start is not None and run_dir.resolve() in start.resolve().parents
-    if continued and config.eval_only:
-        run_dir, continued = own_dir, False  # an evaluation of a run adds nothing to its folder
-    summary = run_dir / "summary.json"
-    died = not newest and summary.exists() and '"status": "running"' in summary.read_text()
-    if any(run_dir.glob("*")) and not continued and not died:
-        raise UsageError(f"{run_dir} is not empty and not continued (resume {config.resume}): choose another folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(run_dir / "checkpoints" / "temporary", ignore_errors=True)  # what a killed run was writing
-    if not continued:
-        (run_dir / "training_metrics.csv").write_text("step\n")
-        (run_dir / "samples.jsonl").write_text("")
-    if run_dir == own_dir and (link.is_symlink() or not link.exists()):
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-    save_summary(run_dir, config, "running")
-    return run_dir, start
+def default_folder(config: Config) -> str:
+    data = Path(config.dataset).stem.replace(":", "-")
+    return f"output/{Path(__file__).stem}-{data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def save_checkpoint(run_dir: Path, step: int, models: Models, kl_coef: float, config: Config) -> None:
-    """checkpoints/step_N: weights, optimizers, the KL coefficient. Complete or absent: it is renamed when written."""
-    folder, temporary = run_dir / "checkpoints" / f"step_{step}", run_dir / "checkpoints" / "temporary"
+class Run:
+    """The folder of a run, with its lock, table, samples, summary and tracker; and the console."""
+
+    def __init__(self, config: Config, total: int):
+        self.folder = Path(config.output_dir or default_folder(config))
+        self.config = config
+        self.total = total
+        self.start = None  # the step it begins at
+        self.table = pandas.DataFrame()
+        self.said: set[str] = set()  # by check_health
+        self.settings_history = [{"step": 0, "config": asdict(config)}]
+        self.tracker = None
+        self.tracker_id = f"{time.time_ns():x}"
+        self.lock = lock_folder(self.folder)
+        self.checkpoint = find_checkpoint(self.folder, config.resume)
+        self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
+        self.command = shlex.join([*LAUNCHER, *sys.argv])  # what continues this run
+        if not config.output_dir:
+            self.command += f" --output_dir {self.folder}"
+
+    def print_plan(self, tokenizer, examples: list[Example], evals: list[Example]) -> None:
+        c = self.config
+        self.first_prompt = hashlib.sha256(repr(examples[0].prompt).encode()).hexdigest()
+        preset = "the demo" if c.model == DEMO.model else "the published GSM8K run"
+        print(f"run: {self.folder}\nto continue it: {self.command}\noptions not given: those of {preset}")
+        print(f"first prompt: {printable(tokenizer.decode(examples[0].prompt))}")
+        print(f"{self.total} steps of {c.rollout_size} responses to {c.train_batch_size} of {len(examples)}"
+              f" prompts, {c.ppo_epochs} epochs of mini-batches of {c.ppo_mini_batch_size}; {len(evals)}"
+              " evaluation rows")
+
+    def begin(self, start: int) -> None:
+        """Logs and summary, from this step on."""
+        self.start = start
+        self.began = time.perf_counter()
+        self.table = self.restore_logs(start)
+        shutil.rmtree(self.folder / "checkpoints" / "temporary", ignore_errors=True)  # of a killed run
+        link = Path("output", "ppo_metrics")
+        if self.folder.parent == link.parent and (link.is_symlink() or not link.exists()):
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.folder.name)
+        if self.config.track == "wandb":
+            self.start_tracker()
+        self.write_summary("running")
+
+    def restore_logs(self, start: int) -> pandas.DataFrame:
+        """The table up to this step, and samples.jsonl cut there; without a checkpoint both begin anew."""
+        log = self.folder / "training_metrics.csv"
+        samples = self.folder / "samples.jsonl"
+        table = pandas.DataFrame()
+        lines = []
+        problem = None
+        if self.checkpoint:
+            print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
+        if self.continues:
+            try:
+                table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
+                table = table.loc[:start]
+                text = samples.read_text()
+                text = text[: text.rfind("\n") + 1]  # a kill may have left half a line
+                lines = [x for x in text.splitlines(True) if json.loads(x)["step"] <= start]
+            except (OSError, ValueError, KeyError) as error:
+                problem = f"the logs cannot be read and begin anew: {error}"
+        elif log.exists():
+            problem = f"{self.folder} has no checkpoint: the run begins anew"
+        if problem:
+            warn(problem)
+            keep_old(log)
+            keep_old(samples)
+        write_whole(samples, "".join(lines))
+        return table
+
+    def progress_bar(self, start: int) -> Iterator[int]:
+        """The steps that are left; on a terminal with a bar below the rows."""
+        hidden = os.environ.get("TERM") == "dumb" or None  # None: unless stdout is a terminal
+        steps = range(start, self.total)
+        return tqdm(steps, initial=start, total=self.total, file=sys.stdout, disable=hidden)
+
+    def evaluate_if_due(
+        self, step: int, models: Models, reward: Callable, examples: list[Example], kl_coef: float
+    ) -> None:
+        """Also when the run was stopped before the evaluation of the step that it is resumed from."""
+        is_missing = pandas.isna(self.table.get("eval/score", pandas.Series()).get(step))
+        if examples and is_missing and (step == self.total or step % self.config.eval_every == 0):
+            with self.saving_on_error(step, models, kl_coef):
+                results = evaluate(models, reward, examples, kl_coef, self.config)
+            self.log_evaluation(step, *results)
+
+    def is_save_due(self, step: int) -> bool:
+        every = self.config.save_every
+        return step == self.total or (every > 0 and step % every == 0)
+
+    def add(self, step: int, metrics: dict, samples: list[dict]) -> dict[str, float]:
+        """Into training_metrics.csv, samples.jsonl and the tracker. Returns the metrics as numbers."""
+        metrics = {name: float(x) for name, x in metrics.items()}
+        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table).sort_index(axis=1)
+        write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
+        with open(self.folder / "samples.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        try:
+            if self.tracker:
+                self.tracker.log(metrics, step=step)
+        except Exception as error:
+            warn(f"wandb has failed, the run goes on without it: {error}")
+            self.tracker = None
+        return metrics
+
+    def log_step(
+        self, step: int, metrics: dict, rollout: Rollout, models: Models, seconds: float
+    ) -> None:
+        """A row of the table and of the console, and two samples."""
+        metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / seconds
+        metrics = self.add(step, metrics, describe_samples(rollout, "train", 2, models))
+        check_health(metrics, step - 1, self.said)
+        left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
+        cells = {"step": f"{step}/{self.total}"}
+        for title, name in COLUMNS.items():
+            cells[title] = f"{metrics[name]:.3g}" if name in metrics else "-"
+        cells["seconds"] = f"{seconds:.1f}"
+        cells["ETA"] = time.strftime("%H:%M:%S", time.gmtime(left))
+        titles = list(cells)[: shutil.get_terminal_size().columns // 10]
+        if (step - self.start) % 20 == 1:
+            tqdm.write("".join(f"{title:>10}" for title in titles))
+        tqdm.write("".join(f"{cells[title]:>10}" for title in titles))
+
+    def log_evaluation(self, step: int, metrics: dict, samples: list[dict]) -> None:
+        """A line of its own with the standard error, one sample, and the curves."""
+        metrics = self.add(step, metrics, samples)
+        width = shutil.get_terminal_size().columns
+        response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
+        error = metrics["eval/standard_error"]
+        tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
+        tqdm.write(response[: width - 1])
+        self.draw_curves()
+
+    def start_tracker(self) -> None:
+        """wandb, whose failure does not end the run."""
+        try:
+            import wandb
+
+            self.tracker = wandb.init(project="ppo_llm", name=self.folder.name, config=asdict(self.config),
+                                      id=self.tracker_id, resume="allow")
+        except Exception as error:
+            warn(f"wandb cannot be started, the run goes on without it: {error}")
+
+    def is_stopping(self) -> bool:
+        """Whether a signal has asked any rank to stop."""
+        return sum_over_ranks(torch.tensor(float(len(STOP)))) > 0
+
+    def stop(self, step: int) -> None:
+        """Ends the run after a step that has been saved: exit code 130 or 143."""
+        tqdm.write(f"stopped after step {step}; continue with: {self.command}")
+        sys.exit(128 + int(max_over_ranks(torch.tensor(max(STOP, default=0)))))
+
+    @contextlib.contextmanager
+    def saving_on_error(self, step: int, models: Models, kl_coef: float) -> Iterator[None]:
+        """What the user's code raises costs no finished step; weights that have diverged are not saved."""
+        try:
+            yield
+        except Diverged:
+            raise
+        except Exception:
+            if step > self.start:
+                save_checkpoint(self, step, models, kl_coef)
+            raise
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.start is not None and error is None:
+            self.draw_curves()
+            self.write_summary("finished")
+            self.print_end()
+        elif self.start is not None:
+            with contextlib.suppress(OSError):  # a full disk
+                status = "stopped" if kind is SystemExit else "failed"
+                self.write_summary(status, f"{kind.__name__}: {error}")
+        self.lock.close()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UsageError(f"{self.folder}: {error}") from error
+
+    def evaluations(self) -> list[dict]:
+        """The rows of the table that have one."""
+        found = self.table.filter(regex="^eval/").dropna(how="all").dropna(axis=1)
+        return found.reset_index(names="step").to_dict("records")
+
+    def write_summary(self, status: str, reason: str | None = None) -> None:
+        commit = None
+        if shutil.which("git"):
+            git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        found = self.evaluations()
+        summary = {
+            "status": status, "reason": reason, "step": int(max(self.table.index, default=0)),
+            "total_steps": self.total, "seconds": round(time.perf_counter() - self.began, 1),
+            "resume_command": self.command, "first_evaluation": found[:1], "last_evaluation": found[-1:],
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__},
+            "commit": commit, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}",
+            "settings_history": self.settings_history, "config": asdict(self.config),
+        }
+        write_whole(self.folder / "summary.json", json.dumps(summary, indent=2))
+
+    def draw_curves(self) -> None:
+        """training_curves.png: 3 x 3 panels, evaluations with their standard errors."""
+        import matplotlib.figure
+
+        c = self.config
+        figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
+        figure.suptitle(f"{Path(c.model).name}, data {c.dataset}, reward {c.reward}, seed {c.seed}")
+        for axis, (name, unit) in zip(figure.subplots(3, 3).flat, CURVES.items(), strict=True):
+            axis.set(title=name, xlabel="step", ylabel=unit)
+            if name in self.table:
+                curve = self.table[name].dropna()
+                errors = self.table["eval/standard_error"].dropna() if name == "eval/score" else None
+                axis.errorbar(curve.index, curve, errors, marker="o" if len(curve) < 30 else None, capsize=3)
+        figure.savefig(self.folder / "training_curves.png", dpi=80)
+
+    def print_end(self) -> None:
+        """Evaluations before and after, and where to look."""
+        found = self.evaluations()
+        for row in found[:1] + found[1:][-1:]:
+            error = row["eval/standard_error"]
+            print(f"evaluation at step {row['step']}: {row['eval/score']:.4g} ± {error:.2g}")
+        inspector = HERE / "scripts" / "inspect_run.py"
+        if inspector.is_file():
+            subprocess.run([sys.executable, inspector, self.folder], stdout=subprocess.DEVNULL)
+        for name in ("summary.json", "training_curves.png", "training_metrics.csv", "samples.jsonl",
+                     "inspector.html", "checkpoints", "model", "critic"):
+            if (self.folder / name).exists():
+                print(self.folder / name)
+
+
+# ---- Checkpoints and exports -----------------------------------------------------------------------------
+
+
+STRUCTURE = "critic adv_estimator dtype lora_rank lora_alpha lora_target value_pooling".split()
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, the oldest first."""
+    return sorted(folder.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a checkpoint have the hashes that were written beside them."""
+    try:
+        hashes = json.loads((folder / "hashes.json").read_text())
+        return all(file_hash(folder / name) == found for name, found in hashes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The newest whole checkpoint of a run, else of what is to be resumed. Raises UsageError."""
+    for path in reversed(checkpoints(folder)):
+        if is_whole(path):
+            return path
+        warn(f"{path} is damaged: an older checkpoint is used, or none")
+        keep_old(path)
+    if resume is None:
+        return None
+    for path in [Path(resume), *reversed(checkpoints(Path(resume)))]:
+        if is_whole(path):
+            return path
+    raise UsageError(f"resume {resume}: there is no whole checkpoint")
+
+
+def save_checkpoint(run: Run, step: int, models: Models, kl_coef: float) -> None:
+    """checkpoints/step_N: weights, optimizers, the KL coefficient. Whole or absent: renamed when written."""
+    folder = run.folder / "checkpoints" / f"step_{step}"
+    temporary = folder.with_name("temporary")
     models.actor.save(temporary / "actor.safetensors")
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
-    state = {"step": step, "kl_coef": kl_coef, **{key: getattr(config, key) for key in (*STRUCTURE, "model")}}
-    (temporary / "state.json").write_text(json.dumps(state))
+    state = {"step": step, "kl_coef": kl_coef, "first_prompt": run.first_prompt, "tracker_id": run.tracker_id,
+             "settings_history": run.settings_history, "config": asdict(run.config)}
+    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    hashes = {path.name: file_hash(path) for path in temporary.iterdir()}
+    (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
-    for old in checkpoints(run_dir)[: -config.save_total_limit]:
+    for old in checkpoints(run.folder)[: -run.config.save_total_limit]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, models: Models, config: Config) -> tuple[int, float]:
+def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     """Restores the learners. Returns (step, kl_coef). Raises UsageError if they do not fit."""
-    state = json.loads((folder / "state.json").read_text())
-    for key in (*STRUCTURE, *["model"] * bool(config.lora_rank)):  # an adapter belongs to its model
-        if state.get(key, getattr(Config, key)) != getattr(config, key):
-            raise UsageError(f"{folder} was made with {key} {state.get(key)}, not {getattr(config, key)}")
-    models.actor.load(folder / "actor.safetensors")
+    state = json.loads((run.checkpoint / "state.json").read_text())
+    changes = []
+    for name, new in asdict(run.config).items():
+        old = state["config"].get(name)
+        if old != new and (name in STRUCTURE or (run.config.lora_rank and name == "model")):
+            raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
+        if old != new and name not in ("output_dir", "resume"):
+            changes.append(f"{name} {old} → {new}")
+    models.actor.load(run.checkpoint / "actor.safetensors")
     if models.critic:
-        models.critic.load(folder / "critic.safetensors")
+        models.critic.load(run.checkpoint / "critic.safetensors")
+    if run.continues:
+        run.tracker_id = state["tracker_id"]
+    run.settings_history = state["settings_history"]
+    if changes:
+        warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
+        run.settings_history.append({"step": state["step"], "changes": changes})
+    if state["first_prompt"] != run.first_prompt:
+        warn("the first prompt is not what it was: other data, or a chat template that writes the date")
     return state["step"], state["kl_coef"]
 
 
-def cut_back(run_dir: Path, step: int) -> None:
-    """Drops what a run did after this step, from which it takes another course."""
-    for folder in checkpoints(run_dir):
-        if int(folder.name[5:]) > step:
-            shutil.rmtree(folder)
-    log, samples = run_dir / "training_metrics.csv", run_dir / "samples.jsonl"
-    table = pandas.read_csv(log)
-    write_whole(log, table[table["step"] <= step].to_csv(index=False))
-    lines = [x for x in samples.read_text().splitlines(keepends=True) if x.endswith("\n")]  # the last may be half one
-    write_whole(samples, "".join(line for line in lines if json.loads(line)["step"] <= step))
+def export_models(folder: Path, models: Models, config: Config) -> None:
+    """model/ and critic/."""
+    with whole_weights(models.actor.model):
+        export_policy(folder / "model", models.actor.model, models.tokenizer)
+    if models.critic:
+        with whole_weights(models.critic.model):
+            export_critic(folder / "critic", models.critic.model, models.tokenizer)
+    elif config.uses_critic:
+        print("no critic/: a shared critic is a head on the policy")
 
 
-# ---- Main -----------------------------------------------------------------------------------------------------------
+def export_policy(folder: Path, policy: LanguageModel, tokenizer) -> None:
+    """A folder that AutoModelForCausalLM loads; with LoRA peft's, of the adapter."""
+    policy.select_adapter()
+    policy.lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
-def prepare(config: Config) -> tuple:
-    """Tokenizer, reward and examples: what can be wrong is found before a model is loaded. Raises UsageError."""
-    check_config(config)
-    transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards are not for the user
-    transformers.utils.logging.disable_progress_bar()
-    length, sizes = config.max_prompt_length + config.max_response_length, []
+def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
+    """A folder that --critic_model and AutoModelForSequenceClassification load: the value head is its score.
+
+    A LoRA adapter is added to the weights, in fp32. What transformers has no class for is said, and left out.
+    """
+    lm_config = copy.deepcopy(critic.lm.config)
+    lm_config.num_labels = 1
+    lm_config.dtype = torch.float32
+    lm_config.pad_token_id = tokenizer.pad_token_id
+    if lm_config.pad_token_id is None:
+        lm_config.pad_token_id = tokenizer.eos_token_id
+    has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
+    if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
+        print("no critic/: transformers has no sequence classifier that computes what this critic does")
+        return
+    weights = {}
+    for name, x in critic.lm.base_model.state_dict().items():
+        if ".lora_" not in name:
+            weights[name.replace(".base_layer.", ".")] = x
+    for name, layer in critic.lm.base_model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            weights[f"{name}.weight"] = weights[f"{name}.weight"].float() + layer.get_delta_weight("critic")
+    if critic.adapter is None:
+        model.to(critic.lm.dtype)
+    model.base_model.load_state_dict(weights)
+    model.score.weight.data.copy_(critic.value_head.weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# ---- Command line ----------------------------------------------------------------------------------------
+
+
+def read_options(path: str) -> list[str]:
+    """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError."""
+    import yaml  # YAML contains JSON
+
     try:
-        for name in (config.critic_model or config.model, config.model):
-            if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
-                raise UsageError(f"{name} is a LoRA adapter: export it with merge_lora, or go on from a checkpoint")
-            lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code).get_text_config()
-            context = getattr(lm_config, "max_position_embeddings", length)
-            if length > context:
-                raise UsageError(f"max_prompt_length + max_response_length = {length} exceed the {context} of {name}")
-            is_reward_model(name, config)  # refuses a classifier of several classes
-            sizes.append(lm_config.vocab_size)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        hint = "the bundled demo is not beside this script: give --model" if name == DEMO.model else str(error)
-        raise UsageError(f"model {name}: {hint.splitlines()[0]}") from error
-    if sizes[0] < min(len(tokenizer), sizes[1]):
-        raise UsageError(f"critic_model {config.critic_model} knows {sizes[0]} tokens, the policy {sizes[1]}")
+        options = yaml.safe_load(Path(path).read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"config {path}: {' '.join(str(error).split())}") from error
+    if isinstance(options, dict):
+        options = options.get("config", options)
+    if not isinstance(options, dict):
+        raise UsageError(f"config {path}: there are no options")
+    types = {x.name: x.type for x in fields(Config)}
+    arguments = []
+    for name, x in options.items():
+        if types.get(name) is bool and isinstance(x, bool):
+            arguments.append(f"--{name}" if x else f"--no_{name}")
+        elif name not in ("output_dir", "resume"):
+            arguments.append(f"--{name}={x}")
+    return arguments
+
+
+def print_help(defaults: Config) -> None:
+    """The options of Config in its groups; the comments in its source explain them."""
+    print(f"{__doc__.split('    for step')[0]}Options (--config FILE.json or .yaml reads them from a file):")
+    types = {x.name: x.type for x in fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        heading = re.fullmatch(r"    # (.+)", line)
+        option = re.fullmatch(r"    (\w+): (.+) = .+?  # (.+)", line)
+        if heading:
+            print(f"\n{heading[1]}")
+        elif option:
+            name, kind, text = option.groups()
+            if types[name] is bool:
+                kind = f"(--no_{name})"
+            elif typing.get_origin(types[name]) is Literal:
+                kind = f"{{{','.join(typing.get_args(types[name]))}}}"
+            print(f"  --{name} {kind}\n      {text} Default: {getattr(defaults, name)}.")
+
+
+def read_config(arguments: list[str]) -> Config:
+    """Options of the command line, which win over those of --config FILE, over a preset."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    given, arguments = parser.parse_known_args(arguments)
+    if given.config:
+        arguments = read_options(given.config) + arguments
+    has_model = any(argument.split("=")[0] == "--model" for argument in arguments)
+    defaults = Config() if has_model else DEMO
+    if "--help" in arguments or "-h" in arguments:
+        print_help(defaults)
+        sys.exit(0)
     try:
-        tracker = None if config.track == "none" else importlib.import_module(config.track)
-        if config.lora_rank:
-            importlib.import_module("peft")
-    except ImportError as error:
-        raise UsageError(f"an option needs a package that is missing: pip install {error.name}") from error
-    train, evals = load_examples(tokenizer, config)
-    return tokenizer, load_reward(config), train, evals, tracker
+        return tyro.cli(Config, default=defaults, args=arguments, use_underscores=True)
+    except SystemExit:
+        print("The names of other trainers' options are in docs/coming_from.md.", file=sys.stderr)
+        raise
 
 
-def main(config: Config) -> None:
-    tokenizer, reward, train, evals, tracker = prepare(config)
-    torch.use_deterministic_algorithms(config.deterministic)
-    total = config.total_steps or config.total_epochs * (len(train) // config.train_batch_size)
-    total = 0 if config.eval_only else total
-    if 0 < total <= config.critic_warmup:
-        raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
-    run_dir, checkpoint_dir = open_run(config)
-    first = (train or evals)[:2]
-    print(f"run: {run_dir}\nfirst prompt: {tokenizer.decode(first[0].prompt)!r}\n{total} steps of {config.rollout_size}"
-          f" responses to {config.train_batch_size} of {len(train)} prompts, {config.ppo_epochs} epochs of mini-batches"
-          f" of {config.ppo_mini_batch_size}; {len(evals)} evaluation rows")
-    models = build_models(tokenizer, config)
-    for model in filter(None, (models.actor.model, models.critic and models.critic.model, models.reference)):
-        with whole_weights(model):
-            check_passes(model, [example.prompt[:64] for example in first], models.stop_ids, config)
-    kl_name, usual_target = {"token": ("reward/kl", 0.1), "sequence": ("reward/kl_sequence", 6.0)}[config.kl_ctrl_unit]
-    target = (config.kl_ctrl_target or usual_target) if config.kl_ctrl_type == "adaptive" else None
-    kl_controller, start = AdaptiveKLController(config.kl_coef, target, config.kl_ctrl_horizon), 0
-    if checkpoint_dir:
-        start, kl_controller.coef = load_checkpoint(checkpoint_dir, models, config)
-        cut_back(run_dir, start)
-    if tracker:
-        tracker.init(project="ppo_llm", name=run_dir.name, config=asdict(config))
-    if evals and (config.eval_only or not checkpoint_dir):
-        log_metrics(run_dir, start, *evaluate(models, reward, evals, config), tracker)
-    save_summary(run_dir, config, "running")
-    said: set[str] = set()
-    for step in tqdm(range(start, total), file=sys.stdout, disable=None):  # None: a bar on a terminal only
-        clock = clock_now()
-        batch = prompt_order(len(train), config.train_batch_size, step, config.seed)
-        examples = [train[i] for i in batch for _ in range(config.rollout_n)]
-        rollout, metrics = collect_rollout(models, reward, examples, step, kl_controller.coef, config)
-        if models.critic:
-            metrics |= update("critic", models, rollout, step, total, kl_controller.coef, config)
-        if step >= config.critic_warmup:
-            metrics |= update("actor", models, rollout, step, total, kl_controller.coef, config)
-        kl_controller.update(float(metrics.get(kl_name, 0.0)), config.rollout_size)
-        seconds = clock_now() - clock
-        tokens = sum_over_ranks(torch.tensor(sum(map(len, rollout.prompts + rollout.responses))))
-        metrics["time/tokens_per_second"] = tokens / seconds
-        samples, last = describe(rollout, "train", models, config), step + 1 == total
-        stopping = sum_over_ranks(torch.tensor(len(STOP))).item() > 0
-        if evals and (last or (step + 1) % config.eval_every == 0):
-            eval_metrics, eval_samples = evaluate(models, reward, evals, config)
-            metrics, samples = metrics | eval_metrics, samples + eval_samples
-        log_metrics(run_dir, step + 1, metrics, samples, tracker)
-        check_health(metrics, step, said)
-        if last or stopping or (config.save_every and (step + 1) % config.save_every == 0):
-            save_checkpoint(run_dir, step + 1, models, kl_controller.coef, config)
-            save_summary(run_dir, config, "running")
-        if stopping and not last:
-            sys.exit(128 + signal.SIGTERM)
-    if not config.eval_only:
-        with whole_weights(models.actor.model):
-            models.actor.export(run_dir / "model", tokenizer, config)
-    evaluations = save_summary(run_dir, config, "finished")
-    for name in evaluations[0] if evaluations else ():
-        print(f"{name:30} {evaluations[0][name]:10.4g} {evaluations[-1][name]:10.4g}")
+def ask_to_stop(number: int, frame) -> None:
+    """Ctrl-C and SIGTERM: the first ends the run after its step, the second at once."""
+    if STOP:
+        os._exit(128 + number)
+    STOP.append(number)
+    os.write(2, b"\nstopping when this step is done and saved; once more ends at once\n")
+
+
+def start() -> int:
+    """The command line. Returns the exit code: 0, or 2 with one sentence on what the user can mend."""
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # it would say so
+    signal.signal(signal.SIGINT, ask_to_stop)
+    signal.signal(signal.SIGTERM, ask_to_stop)
+    try:
+        main(read_config(sys.argv[1:]))
+        return 0
+    except UsageError as error:
+        reason = str(error)
+    except torch.OutOfMemoryError:
+        reason = ("out of memory: lower --micro_batch_tokens or --rollout_slots, add"
+                  " --gradient_checkpointing, or train adapters with --lora_rank (docs/memory.md)")
+    except (OSError, SafetensorError) as error:
+        reason = str(error)  # a full disk, a folder that cannot be written
+    print(f"error: {printable(reason)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: STOP.append(number))
-    defaults = Config() if any(argument.split("=")[0] == "--model" for argument in sys.argv) else DEMO
-    try:
-        main(tyro.cli(Config, default=defaults, use_underscores=True))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(start())

@@ -62,8 +62,8 @@ class Config:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda
     threads: int = 0  # of the CPU, for everyone; 0: as torch chooses
     repeats: int = 5  # timed turns, after one that is not counted
-    peers: tuple[Literal["dynamic", "static", "batch", "padded", "trl"], ...] = (
-        "dynamic", "static", "batch", "padded", "trl")  # generate with two caches, generate_batch, updates, TRL
+    peers: tuple[Literal["before", "dynamic", "static", "batch", "padded", "trl"], ...] = (
+        "before", "dynamic", "static", "batch", "padded", "trl")  # dc3ee96, generate with two caches, and so on
     trl_path: Path | None = None  # folder with TRL 1.12.0 and accelerate
     growth: bool = False  # instead: seconds and memory of ppo_llm.py alone against three sizes
     quick: bool = False  # a tiny model: only shows that everything runs
@@ -147,8 +147,8 @@ def grow(config: Config, size: str, device: torch.device) -> list[dict]:
         _, part = next(ppo_llm.micro_batches(list(range(len(work.prompts))), work.rollout, work.c))
         for _ in range(2):  # the gradients are there in the second
             laps = Laps(device, tidy=True)
-            loss, _ = ppo_llm.ppo_loss("actor", work.models, part, part.mask / part.mask.sum(), coefficient, work.c)
-            work.models.actor.backward(loss)
+            loss, _ = ppo_llm.ppo_loss("actor", work.models, part, coefficient, work.c)
+            work.models.actor.backward((loss * part.mask / part.mask.sum()).sum())
             laps.lap("pass")
             del loss, _
         seconds = {phase: statistics.median(seconds[phase] for seconds in turns) for phase in PHASES[:-1]}

@@ -6,8 +6,10 @@ and returns how many response tokens it has made or trained on.
 
 import copy
 import ctypes
+import dataclasses
 import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import patch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -44,6 +46,7 @@ class Work:
     device: torch.device
     models: ppo_llm.Models | None = None  # those of ppo_llm.py, and its latest rollout
     rollout: ppo_llm.Rollout | None = None
+    laps: "Laps | None" = None  # of the turn that is going on
 
     def limits(self, prompts: list[list[int]]) -> Tensor:
         return torch.tensor([self.schedule[tuple(prompt)] for prompt in prompts], device=self.device)
@@ -100,34 +103,102 @@ class Laps:
         return x | ({"step": step, "step without gc": step - self.collecting} if "scoring" in x else {})
 
 
-class ScheduledEngine(ppo_llm.Engine):
-    """The engine of ppo_llm.py, whose responses end at their scheduled length."""
+def scheduled(work: Work, decode: Callable) -> Callable:
+    """ppo_llm.decode, whose responses end at their scheduled length instead of at a stop token."""
 
-    def __init__(self, work: Work, model, room: tuple[int, int], *rest):
-        self.work, self.limits = work, torch.zeros(room[0], dtype=torch.long, device=work.device)
-        super().__init__(model, room, *rest)
+    def scheduled_decode(model, prompts: list[list[int]], *rest):
+        limits = work.limits(prompts)  # of the rows that have not ended
+        count = 0
 
-    def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
-        self.limits[slots] = self.work.limits(prompts)
-        super().prefill(slots, prompts, noise)
+        def is_end(tokens: Tensor, stop: Tensor) -> Tensor:
+            nonlocal limits, count
+            count += 1
+            ended = limits == count
+            limits = limits[~ended]
+            return ended
 
-    def choose(self, hidden: Tensor, slot: Tensor) -> None:
-        super().choose(hidden, slot)
-        self.done[slot] |= self.count[slot] == self.limits[slot]
+        with patch.object(torch, "isin", is_end):
+            return decode(model, prompts, *rest)
 
-    def move_to_front(self, slots: list[int]) -> None:
-        super().move_to_front(slots)
-        self.limits[: len(slots)] = self.limits[slots]
+    return scheduled_decode
 
 
 def ours(work: Work) -> Callable:
-    c, size, generate = work.c, work.shape["vocab_size"], ppo_llm.generate
-    lm, trunk = work.make(AutoModelForCausalLM), work.make(AutoModel)
+    c = work.c
+    size = work.shape["vocab_size"]
+    lm = work.make(AutoModelForCausalLM)
+    trunk = work.make(AutoModel)
+
+    def timed_generate(*arguments):
+        result = ppo_llm.generate(*arguments)
+        work.laps.lap("rollout")
+        return result
+
     reference = ppo_llm.LanguageModel(copy.deepcopy(lm).requires_grad_(False), size, False, c)
     actor = ppo_llm.Learner(ppo_llm.LanguageModel(lm, size, False, c), c.lr, c.critic_lr, c)
     critic = ppo_llm.Learner(ppo_llm.LanguageModel(trunk, size, True, c), c.critic_lr, c.critic_lr, c)
-    work.models = ppo_llm.Models(actor, critic, reference, work.tokenizer, {-1})  # -1: no token stops
+    work.models = ppo_llm.Models(actor, critic, reference, work.tokenizer, {-1}, timed_generate)  # -1: none stops
     examples = [ppo_llm.Example("", "", prompt) for prompt in work.prompts]
+
+    def run(laps: Laps) -> int:
+        work.laps = laps
+        with patch.object(ppo_llm, "decode", scheduled(work, ppo_llm.decode)):
+            work.rollout, _ = ppo_llm.collect_rollout(
+                work.models, lambda examples, responses: [0.5] * len(responses), examples, 0, c.kl_coef, c)
+        laps.lap("scoring")
+        for role in ("critic", "actor"):
+            ppo_llm.update(role, work.models, work.rollout, 0, 1000, c.kl_coef, c)
+            laps.lap(f"update {role}")
+        return int(work.rollout.mask.sum())
+
+    return run
+
+
+def load_before(commit: str = "dc3ee96"):
+    """ppo_llm.py as it was with its inference engine and packed attention, out of the history."""
+    source = subprocess.run(["git", "show", f"{commit}:ppo_llm.py"], cwd=Path(__file__).parent, check=True,
+                            capture_output=True, text=True).stdout
+    module = ModuleType("ppo_llm_before")
+    module.__file__ = ppo_llm.__file__
+    sys.modules["ppo_llm_before"] = module
+    exec(compile(source, "ppo_llm_before.py", "exec"), module.__dict__)
+    return module
+
+
+def before(work: Work) -> Callable:
+    """The version with the engine (KV slots, refill, packed attention), whose code is in the history."""
+    old = load_before()
+    names = {field.name for field in dataclasses.fields(old.Config)}
+    c = old.Config(**{name: x for name, x in vars(work.c).items() if name in names and name != "resume"})
+    size = work.shape["vocab_size"]
+    lm = work.make(AutoModelForCausalLM)
+    trunk = work.make(AutoModel)
+
+    class ScheduledEngine(old.Engine):
+        """Responses end at their scheduled length."""
+
+        def __init__(self, model, room: tuple[int, int], *rest):
+            self.limits = torch.zeros(room[0], dtype=torch.long, device=work.device)
+            super().__init__(model, room, *rest)
+
+        def prefill(self, slots: list[int], prompts: list[list[int]], noise: Tensor | None) -> None:
+            self.limits[slots] = work.limits(prompts)
+            super().prefill(slots, prompts, noise)
+
+        def choose(self, hidden: Tensor, slot: Tensor) -> None:
+            super().choose(hidden, slot)
+            self.done[slot] |= self.count[slot] == self.limits[slot]
+
+        def move_to_front(self, slots: list[int]) -> None:
+            super().move_to_front(slots)
+            self.limits[: len(slots)] = self.limits[slots]
+
+    reference = old.LanguageModel(copy.deepcopy(lm).requires_grad_(False), size, False, c)
+    actor = old.Learner(old.LanguageModel(lm, size, False, c), c.lr, c.critic_lr, c)
+    critic = old.Learner(old.LanguageModel(trunk, size, True, c), c.critic_lr, c.critic_lr, c)
+    models = old.Models(actor, critic, reference, work.tokenizer, {-1})
+    examples = [old.Example("", "", prompt) for prompt in work.prompts]
+    generate = old.generate
 
     def run(laps: Laps) -> int:
         def timed_generate(*arguments):
@@ -135,15 +206,14 @@ def ours(work: Work) -> Callable:
             laps.lap("rollout")
             return result
 
-        with (patch.object(ppo_llm, "Engine", partial(ScheduledEngine, work)),
-              patch.object(ppo_llm, "generate", timed_generate)):
-            work.rollout, _ = ppo_llm.collect_rollout(
-                work.models, lambda prompts, responses, answers: [0.5] * len(responses), examples, 0, c.kl_coef, c)
+        with patch.multiple(old, Engine=ScheduledEngine, generate=timed_generate):
+            rollout, _ = old.collect_rollout(
+                models, lambda prompts, responses, answers: [0.5] * len(responses), examples, 0, c.kl_coef, c)
         laps.lap("scoring")
         for role in ("critic", "actor"):
-            ppo_llm.update(role, work.models, work.rollout, 0, 1000, c.kl_coef, c)
+            old.update(role, models, rollout, 0, 1000, c.kl_coef, c)
             laps.lap(f"update {role}")
-        return int(work.rollout.mask.sum())
+        return int(rollout.mask.sum())
 
     return run
 
@@ -329,5 +399,6 @@ def trl_trainer(work: Work) -> Callable:
 PEERS = {  # how a peer is called, and the phase in whose place it stands if it cannot run
     "dynamic": ("generate, dynamic cache", "rollout", partial(generate_all, "dynamic")),
     "static": ("generate, static cache", "rollout", partial(generate_all, "static")),
+    "before": ("dc3ee96, with its engine", "step", before),
     "batch": ("generate_batch", "rollout", generate_batch), "padded": ("padded PyTorch", "update", padded),
     "trl": ("TRL PPOTrainer", "step", trl_trainer)}

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import gsm8k_prompts
 import matplotlib.figure
 import tyro
 
@@ -35,18 +36,28 @@ class Config:
     report_only: bool = False  # run nothing, only read docs/results/NAME
 
 
+def data(folder: Path) -> list[str]:
+    return [f"--dataset={folder / 'train.jsonl'}", f"--eval_dataset={folder / 'test.jsonl'}"]
+
+
+def prompts_folder(config: Config) -> Path:
+    """Where the questions are that have the instruction already: with other rewards ppo_llm.py adds none."""
+    return config.output / "prompts" / config.name
+
+
 def experiments(config: Config) -> dict[str, list[str]]:
     """Run name -> the flags of ppo_llm.py."""
-    real = [f"--dataset={config.gsm8k_dir / 'train.jsonl'}", f"--eval_dataset={config.gsm8k_dir / 'test.jsonl'}"]
-    permuted = ["--reward=scripts/rewards/permuted.py:reward"]
-    layout = ["--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64", "--ppo_epochs=1",
-              "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--eval_every=60"]
+    real = data(config.gsm8k_dir)
+    prompts = data(prompts_folder(config))
+    permuted = [*prompts, "--reward=scripts/rewards/permuted.py:reward"]
+    layout = [*prompts, "--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
+              "--ppo_epochs=1", "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--eval_every=60"]
     steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
     adaptive = [*steered, "--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=150"]
     return {
         "demo": {
             **{f"seed{seed}": [f"--seed={seed}"] for seed in range(1, 6)},
-            "control_permuted": ["--reward=scripts/rewards/permuted.py:reward"],
+            "control_permuted": permuted,
             **{f"control_permuted_seed{seed}": [*permuted, f"--seed={seed}"] for seed in (2, 3)},
             "control_lr0": ["--lr=0", "--critic_lr=0"],
         },
@@ -55,7 +66,7 @@ def experiments(config: Config) -> dict[str, list[str]]:
             **{f"target_{target}": [*adaptive, f"--kl_ctrl_target={target}"] for target in KL_TARGETS},
             "fixed": steered,
         },
-        "format": {"format": [*real, *layout]},
+        "format": {"format": layout},
         "gsm8k": {"gsm8k": [*real, "--total_steps=10"]},
     }[config.name]
 
@@ -68,8 +79,10 @@ def run(name: str, flags: list[str], config: Config, results: Path) -> None:
     minutes = (time.perf_counter() - started) / 60
     results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.csv").write_text((folder / "training_metrics.csv").read_text())
+    command = " ".join(["python ppo_llm.py", *flags])
+    command = command.replace(str(config.gsm8k_dir), "$GSM8K_DIR").replace(f"{config.output}/", "output/")
     note = {
-        "command": " ".join(["python ppo_llm.py", *flags]).replace(str(config.gsm8k_dir), "$GSM8K_DIR"),
+        "command": command,
         "minutes": round(minutes, 2),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20, 2),
         "versions": json.loads((folder / "summary.json").read_text())["versions"],
@@ -135,6 +148,9 @@ def report(experiment: str, results: Path) -> str:
 
 def main(config: Config) -> None:
     results = ROOT / "docs" / "results" / config.name
+    if config.name in ("demo", "format") and not config.report_only:
+        questions = ROOT / "assets" / "demo" if config.name == "demo" else config.gsm8k_dir
+        gsm8k_prompts.main(questions, prompts_folder(config))
     for name, flags in experiments(config).items():
         if not config.report_only and not (results / f"{name}.json").exists():
             run(name, flags, config, results)

@@ -50,7 +50,8 @@ def make_tokenizer(size: int = 64, **special) -> transformers.PreTrainedTokenize
     tokenizer.add_special_tokens(words[:3])
     special = {"eos_token": "<|endoftext|>", "pad_token": "<pad>"} | special
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    fast.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}<bot>"
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}")
     return fast
 
 
@@ -118,7 +119,7 @@ def make_prompts(count: int, seed: int = 0, longest: int = 12) -> list[list[int]
 
 @functools.cache
 def load_reward(spec: str):
-    """A reward, loaded once: a function has a process of its own."""
+    """A reward, loaded once."""
     return ppo_llm.load_reward(ppo_llm.Config(reward=spec))
 
 

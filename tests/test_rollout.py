@@ -1,10 +1,11 @@
-"""Sampling, log-probs, values, the reference policy, and what collect_rollout makes of them."""
+"""Sampling, log-probs, values, the reference policy, a rollout hook, and what collect_rollout makes of them."""
 
+import functools
 import math
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.attention.varlen
 from conftest import (
     collect,
     make_config,
@@ -16,25 +17,29 @@ from conftest import (
     save_folder,
     take_steps,
 )
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 import ppo_llm
 from ppo_llm import Config, Example, LanguageModel, Rollout, forward, generate
 
-FAMILIES = {"qwen2": {}, "llama": {}, "gpt2": {}, "gemma": {"head_dim": 8}, "mistral": {"sliding_window": 8},
-            "gemma3_text": {"head_dim": 8, "sliding_window": 8}, "gpt_neox": {"num_key_value_heads": None},
-            "qwen3": {"head_dim": 16}, "olmo2": {}, "phi3": {"partial_rotary_factor": 1.0}, "starcoder2": {},
-            "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25},
-            "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None}}
 STOP = {1, *range(20, 34)}
 
 
-def make_policy(kind: str = "qwen2", **config) -> LanguageModel:
-    return LanguageModel(make_lm(kind, **FAMILIES[kind]), 64, True, Config(value_head_init="normal", **config))
+def make_policy(**config) -> LanguageModel:
+    policy = LanguageModel(make_lm(), 64, True, Config(**config))
+    torch.nn.init.normal_(policy.value_head.weight)
+    return policy
+
+
+@functools.cache
+def shared_policy() -> LanguageModel:
+    """For tests that do not change it."""
+    return make_policy()
 
 
 def make_part(prompts: list, responses: list, **tensors) -> Rollout:
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r)) for r in responses], batch_first=True)
+    mask = pad_sequence([torch.ones(len(r)) for r in responses], batch_first=True)
     return Rollout(prompts, responses, mask, mask * 0, **tensors)
 
 
@@ -49,129 +54,127 @@ def plain_logp(lm, prompt: list, response: list, temperature: float = 1.0, size:
     return (logits / temperature).log_softmax(-1)
 
 
+def plain_logprobs(lm, prompt: list, response: list, temperature: float = 1.0, size: int = 64) -> torch.Tensor:
+    """Those [T] of the response's own tokens."""
+    logp = plain_logp(lm, prompt, response, temperature, size)
+    return logp.gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
 def close(x, y, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def count_tokens(policy: LanguageModel) -> list[tuple[int, int]]:
+    """Rows and columns of every pass from now on."""
+    shapes = []
+    embedding = policy.lm.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    return shapes
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Tokens.
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_greedy_tokens_are_those_of_transformers_generate(kind, monkeypatch):
-    policy, prompts, lengths = make_policy(kind), make_prompts(7, longest=20), set()
-    lm = plain(policy.lm)
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_greedy_tokens_are_those_of_transformers_generate(slots):
+    policy = shared_policy()
+    prompts = make_prompts(7, longest=20)
     expected = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = lm.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False,
-                                 eos_token_id=sorted(STOP), pad_token_id=0)
+        out = plain(policy.lm).generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=12, do_sample=False,
+                                        eos_token_id=sorted(STOP), pad_token_id=0)
         expected.append(out[0, len(prompt) :].tolist())
-        lengths.add(len(expected[-1]))
-    assert len(lengths) > 1  # some rows leave the batch before others
-    for slots, every in ((1, 8), (3, 1), (3, 3), (64, 1), (64, 3), (64, 8)):
-        monkeypatch.setattr(ppo_llm, "CHECK_EVERY", every)
-        tokens, _ = generate(policy, prompts, STOP, Config(rollout_slots=slots, max_response_length=12), None)
-        assert tokens == expected, (slots, every)
+    assert len(set(map(len, expected))) > 1  # some rows leave the batch before others
+    config = Config(rollout_slots=slots, max_response_length=12)
+    assert generate(policy, prompts, STOP, config, None)[0] == expected
 
 
 def test_each_token_lies_where_its_own_random_number_points():
-    policy, prompts = make_policy(), make_prompts(7)
-    responses, _ = generate(policy, prompts, STOP, Config(max_response_length=9, rollout_slots=3), noise())
+    policy = shared_policy()
+    prompts = make_prompts(7)
+    config = Config(max_response_length=9, rollout_slots=3, temperature=0.8)
+    responses, _ = generate(policy, prompts, STOP, config, noise())
     points = torch.rand(7, 9, generator=noise())
     for row, prompt, response in zip(points, prompts, responses, strict=True):
-        cumulated = plain_logp(policy.lm, prompt, response).exp().cumsum(-1)
+        cumulated = plain_logp(policy.lm, prompt, response, 0.8).exp().cumsum(-1)
         for t, token in enumerate(response):
             below = cumulated[t, token - 1].item() if token else 0.0
             assert below - 1e-5 <= row[t].item() <= cumulated[t, token].item() + 1e-5
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5, 64])
-@pytest.mark.parametrize("count", [1, 2, 5, 7])
-def test_what_is_sampled_does_not_depend_on_slots_or_on_the_number_of_steps_between_looks(count, slots, monkeypatch):
-    policy, prompts, results = make_policy(), make_prompts(count, longest=20), []
-    for size, every in ((64, 8), (slots, 1), (slots, 3)):
-        monkeypatch.setattr(ppo_llm, "CHECK_EVERY", every)
-        results.append(generate(policy, prompts, STOP, Config(rollout_slots=size, max_response_length=9), noise()))
-    for tokens, logprobs in results[1:]:
-        assert tokens == results[0][0]
-        for x, y in zip(logprobs, results[0][1], strict=True):
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_what_is_sampled_does_not_depend_on_slots(count):
+    policy = shared_policy()
+    prompts = make_prompts(count, longest=20)
+    expected = generate(policy, prompts, STOP, Config(max_response_length=9), noise())
+    for slots in (1, 2, 3, 5):
+        config = Config(rollout_slots=slots, max_response_length=9)
+        tokens, logprobs = generate(policy, prompts, STOP, config, noise())
+        assert tokens == expected[0]
+        for x, y in zip(logprobs, expected[1], strict=True):
             close(x, y)
 
 
+def test_what_is_sampled_for_a_prompt_does_not_depend_on_the_prompts_after_it_or_on_when_others_end():
+    policy = shared_policy()
+    prompts = make_prompts(9, longest=20)
+    config = Config(max_response_length=9, rollout_slots=4)
+    tokens, _ = generate(policy, prompts, STOP, config, noise())
+    assert generate(policy, prompts[:4], STOP, config, noise())[0] == tokens[:4]
+    others = [*prompts[:4], *make_prompts(5, seed=9, longest=3)]
+    assert generate(policy, others, STOP, config, noise())[0][:4] == tokens[:4]
+    longer, _ = generate(policy, prompts, set(), config, noise())
+    assert [x[: len(y)] for x, y in zip(longer, tokens, strict=True)] == tokens
+    assert set(map(len, longer)) == {9} != set(map(len, tokens))
+
+
+def test_equal_prompts_get_random_numbers_of_their_own():
+    tokens, _ = generate(shared_policy(), [[5, 9]] * 8, STOP, Config(max_response_length=9), noise())
+    assert len(set(map(tuple, tokens))) > 4
+
+
+def test_the_tokens_of_a_step_are_a_function_of_seed_and_step(folder):
+    responses = {}
+    for seed, step, slots in ((1, 0, 256), (1, 0, 3), (1, 1, 256), (2, 0, 256)):
+        config = make_config(folder, seed=seed, rollout_slots=slots)
+        models = make_models(config)
+        prompts = [Example("", "", prompt) for prompt in make_prompts(8)]
+        rollout, _ = ppo_llm.collect_rollout(models, lambda *texts: [0.0] * 8, prompts, step, 0.0, config)
+        responses[seed, step, slots] = rollout.responses
+    first = responses[1, 0, 256]
+    assert responses[1, 0, 3] == first
+    assert responses[1, 1, 256] != first
+    assert responses[2, 0, 256] != first
+
+
+def test_rows_that_have_ended_leave_the_batch_and_the_last_one_ends_the_pass():
+    counter = make_counter()
+    shapes = count_tokens(counter)
+    prompts = [[29 - n] for n in (1, 5, 3, 7, 1)]
+    tokens, _ = generate(counter, prompts, {30}, Config(max_response_length=20), None)
+    assert [len(x) for x in tokens] == [2, 6, 4, 8, 2]
+    assert [rows for rows, _ in shapes] == [5, 5, 3, 3, 2, 2, 1, 1]
+    assert {columns for _, columns in shapes} == {1}
+
+
+def test_prompts_of_similar_length_share_a_batch():
+    policy = make_policy()
+    shapes = count_tokens(policy)
+    prompts = [[5] * n for n in (9, 2, 8, 1, 2)]
+    generate(policy, prompts, STOP, Config(max_response_length=1, rollout_slots=2), noise())
+    assert shapes == [(2, 2), (2, 8), (1, 9)]
+
+
 def test_a_response_of_one_token_and_a_limit_of_one_token_work():
-    policy, prompts = make_policy(), make_prompts(5)
+    policy = shared_policy()
+    prompts = make_prompts(5)
     everything = set(range(64))
     for stop_ids, limit in ((everything, 8), (STOP, 1), (everything, 1)):
         config = Config(max_response_length=limit, rollout_slots=2)
         tokens, logprobs = generate(policy, prompts, stop_ids, config, noise())
         assert [len(x) for x in tokens] == [1] * 5 == [len(x) for x in logprobs]
-
-
-def test_prompts_are_read_within_the_token_budget():
-    policy = make_policy()
-    widths = count_tokens(policy)
-    generate(policy, [[5] * 6] * 5, STOP, Config(max_response_length=1, micro_batch_tokens=13), noise())
-    assert widths == [12, 12, 6]
-
-
-def test_steps_that_are_replayed_by_graphs_sample_the_same(monkeypatch):
-    """A stand-in for CUDA graphs: what is replayed is the step for a fixed number of slots, whatever is idle there."""
-    captured, replayed = [], []
-
-    def capture(step, pool):
-        step()
-        captured.append(step.args[0])
-        return lambda: (replayed.append(step.args[0]), step())
-
-    monkeypatch.setattr(ppo_llm, "capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    policy, prompts, config = make_policy(), make_prompts(9), Config(rollout_slots=6, max_response_length=12)
-    greedy, sampled = (generate(policy, prompts, STOP, config, x) for x in (None, noise()))
-    with torch.inference_mode():
-        policy.engine.capture()
-    assert captured == [6, 6, 3, 3, 1, 1]  # the largest first, greedy and sampling
-    for expected, generator in ((greedy, None), (sampled, noise()), (sampled, noise())):
-        tokens, logprobs = generate(policy, prompts, STOP, config, generator)
-        assert tokens == expected[0]
-        for x, y in zip(logprobs, expected[1], strict=True):
-            close(x, y)
-    assert {3, 6} <= set(replayed) <= {1, 3, 6}
-
-
-def flash_stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
-                   seqused_k=None):
-    """What torch documents of varlen_attn (2.11: no enable_gqa), sequence by sequence, aligned at the last token."""
-    out = []
-    for i, (a, b, c, d) in enumerate(zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False)):
-        d = d if seqused_k is None else c + seqused_k[i]
-        assert b - a <= max_q and d - c <= max_k and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        place = torch.arange(d - c)[None] - (torch.arange(b - a)[:, None] + (d - c) - (b - a))
-        left, right = (10**6 if x < 0 else x for x in window_size)
-        q, k, v = query[a:b].transpose(0, 1), key[c:d].transpose(0, 1), value[c:d].transpose(0, 1)
-        k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k, v))
-        scores = (q @ k.transpose(1, 2) * scale).masked_fill((place < -left) | (place > right), -math.inf)
-        out.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(out)
-
-
-def later_stand_in(*args, enable_gqa=False, **options):  # torch 2.13
-    assert enable_gqa
-    return flash_stand_in(*args, **options)
-
-
-@pytest.mark.parametrize("varlen_attn", [flash_stand_in, later_stand_in])
-@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma3_text"])
-def test_the_flash_path_calls_torchs_kernel_as_it_is_documented(kind, varlen_attn, monkeypatch):
-    policy, prompts, config = make_policy(kind), make_prompts(7, longest=20), Config(max_response_length=12)
-    monkeypatch.setattr(ppo_llm, "has_flash", lambda x: True)
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
-    responses, sampled = generate(policy, prompts, STOP, config, noise())
-    logprobs = forward(policy, make_part(prompts, responses), 1.0)[0]
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        expected = plain_logp(policy.lm, prompt, response).gather(1, torch.tensor(response)[:, None])[:, 0]
-        close(logprobs[i, : len(response)], expected)
-        close(sampled[i], expected)
 
 
 def make_counter() -> LanguageModel:
@@ -210,7 +213,8 @@ def test_rows_in_other_slots_do_not_change_greedy_tokens_of_a_counter():
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_sampling_follows_the_softmax_at_the_temperature(temperature):
-    policy, count = make_policy(), 4000
+    policy = shared_policy()
+    count = 4000
     config = Config(max_response_length=1, temperature=temperature, rollout_slots=count)
     tokens, _ = generate(policy, [[5, 9, 40]] * count, STOP, config, noise())
     seen = torch.bincount(torch.tensor(tokens)[:, 0], minlength=64) / count
@@ -220,20 +224,9 @@ def test_sampling_follows_the_softmax_at_the_temperature(temperature):
     assert ((seen - wrong).abs() > slack).any()
 
 
-@pytest.mark.parametrize(("setting", "kept"), [({"top_k": 5}, 5), ({"top_p": 0.4}, None), ({"top_k": 1}, 1)])
-def test_top_k_and_top_p_truncate_sampling_but_not_the_logprobs(setting, kept):
-    policy, count = make_policy(), 1000
-    logp, order = plain_logp(policy.lm, [5, 9, 40], [0])[0].sort(descending=True)
-    kept = kept or int((logp.exp().cumsum(0) < setting["top_p"]).sum()) + 1
-    config = Config(max_response_length=1, rollout_slots=count, **setting)
-    tokens, logprobs = generate(policy, [[5, 9, 40]] * count, STOP, config, noise())
-    allowed = dict(zip(order[:kept].tolist(), logp[:kept], strict=True))
-    assert {t[0] for t in tokens} == set(allowed)
-    close(torch.cat(logprobs), torch.stack([allowed[t[0]] for t in tokens]))
-
-
 def test_the_models_generation_config_does_not_shape_sampling():
-    policy, prompts = make_policy(), make_prompts(6)
+    policy = make_policy()
+    prompts = make_prompts(6)
     config = Config(max_response_length=10)
     expected = generate(policy, prompts, STOP, config, noise())
     policy.lm.generation_config = GenerationConfig(
@@ -244,150 +237,131 @@ def test_the_models_generation_config_does_not_shape_sampling():
 
 
 def test_sampling_depends_on_the_generator_alone():
-    policy, prompts, config = make_policy(), make_prompts(6), Config(max_response_length=10)
+    policy = shared_policy()
+    prompts = make_prompts(6)
+    config = Config(max_response_length=10)
     first, second, other = (generate(policy, prompts, STOP, config, noise(seed))[0] for seed in (1, 1, 2))
     assert first == second != other
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Log-probs, entropy, values.
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_logprobs_of_sampling_and_of_training_are_those_of_a_plain_pass(kind, temperature):
-    policy, prompts = make_policy(kind), make_prompts(7, longest=20)
+def test_logprobs_of_sampling_and_of_training_are_those_of_a_plain_pass(temperature):
+    policy = shared_policy()
+    prompts = make_prompts(7, longest=20)
     config = Config(max_response_length=12, temperature=temperature, rollout_slots=4)
     responses, sampled = generate(policy, prompts, STOP, config, noise())
-    logprobs, entropy, values, _ = forward(policy, make_part(prompts, responses), temperature)
+    outputs = forward(policy, make_part(prompts, responses), config)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        n, logp = len(response), plain_logp(policy.lm, prompt, response, temperature)
-        expected = logp.gather(1, torch.tensor(response)[:, None])[:, 0]
+        n = len(response)
+        logp = plain_logp(policy.lm, prompt, response, temperature)
+        expected = plain_logprobs(policy.lm, prompt, response, temperature)
         close(sampled[i], expected)
-        close(logprobs[i, :n], expected)
-        close(entropy[i, :n], torch.distributions.Categorical(logits=logp).entropy())
+        close(outputs["logprobs"][i, :n], expected)
+        close(outputs["entropy"][i, :n], torch.distributions.Categorical(logits=logp).entropy())
         with torch.no_grad():
-            hidden = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
-        close(values[i, :n], policy.value_head(hidden)[len(prompt) - 1 : -1, 0])
-        for x in (logprobs, entropy, values):
+            out = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True)
+            states = out.hidden_states[-1][0, len(prompt) - 1 : -1]
+            close(outputs["values"][i, :n], policy.value_head(states)[:, 0])
+        for x in outputs.values():
             assert not x[i, n:].any()
-
-
-@pytest.mark.parametrize(("kind", "setting", "packs"), [
-    ("qwen2", {}, True), ("granite", {"logits_scaling": 4.0}, True), ("cohere", {"logit_scale": 0.25}, True),
-    ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}, False),
-    ("bloom", {"n_layer": 2, "n_head": 4}, False)])
-def test_the_check_at_the_start_finds_out_how_to_pass_sequences(kind, setting, packs, capsys):
-    lm = make_lm(kind, **setting)
-    policy, prompts, config = LanguageModel(lm, 64, False, Config()), make_prompts(5), Config(max_response_length=12)
-    ppo_llm.check_passes(policy, prompts[:2], STOP, config)
-    assert policy.packs == packs
-    assert ("slow" in capsys.readouterr().err) == (not packs)
-    responses, sampled = generate(policy, prompts, STOP, config, noise())
-    logprobs = forward(policy, make_part(prompts, responses), 1.0)[0]
-    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        expected = plain_logp(lm, prompt, response).gather(1, torch.tensor(response)[:, None])[:, 0]
-        close(logprobs[i, : len(response)], expected)
-        close(sampled[i], expected)
-
-
-def test_a_model_whose_logits_cannot_be_reproduced_is_refused(monkeypatch):
-    policy = make_policy()
-    real = policy.logits
-    monkeypatch.setattr(policy, "logits", lambda hidden, temperature: real(hidden, temperature) + hidden[..., :1])
-    ppo_llm.check_passes(policy, make_prompts(2), STOP, Config())  # adding the same to all logits changes nothing
-    monkeypatch.setattr(policy, "logits", lambda hidden, temperature: real(hidden, temperature) * 1.01)
-    with pytest.raises(ppo_llm.UsageError, match="cannot be reproduced"):
-        ppo_llm.check_passes(policy, make_prompts(2), STOP, Config())
+    assert set(outputs) == {"logprobs", "entropy", "values"}
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_forward_pass_does_not_depend_on_padding_order_or_company(pooling):
-    policy, prompts = make_policy(value_pooling=pooling), make_prompts(9)
+    policy = make_policy(value_pooling=pooling)
+    config = Config(temperature=0.8)
+    prompts = make_prompts(9)
     responses = [[7 + i] * (1 + i) for i in range(9)]
-    together = forward(policy, make_part(prompts, responses), 0.8)[:3]
-    backwards = forward(policy, make_part(prompts[::-1], responses[::-1]), 0.8)[:3]
+    together = forward(policy, make_part(prompts, responses), config)
+    backwards = forward(policy, make_part(prompts[::-1], responses[::-1]), config)
     for i in range(9):
-        alone = forward(policy, make_part([prompts[i]], [responses[i]]), 0.8)[:3]
-        for x, y, z in zip(together, backwards, alone, strict=True):
-            close(x[i, : i + 1], z[0])
-            close(x[i, : i + 1], y[8 - i, : i + 1])
+        alone = forward(policy, make_part([prompts[i]], [responses[i]]), config)
+        for name, x in together.items():
+            close(x[i, : i + 1], alone[name][0])
+            close(x[i, : i + 1], backwards[name][8 - i, : i + 1])
 
 
-def count_tokens(policy: LanguageModel) -> list[int]:
-    """Tokens of every pass from now on."""
-    widths = []
-    embedding = policy.lm.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    return widths
-
-
-@pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("lengths", [[9, 8, 5, 5, 2, 1], [1, 7, 3, 8, 8], [4, 4], [6]])
-def test_packed_attention_is_that_of_each_sequence_alone(lengths, window):
-    heads = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, n, sum(lengths), 8, generator=heads).requires_grad_() for n in (4, 2, 2))
-    _, packed = ppo_llm.pack([[5] * n for n in lengths], torch.device("cpu"))
-    out = ppo_llm.packed_attention(None, query, key, value, None, scaling=0.3, sliding_window=window, packed=packed)[0]
-    expected = []
-    for q, k, v in zip(*(x[0].split(lengths, 1) for x in (query, key, value)), strict=True):
-        scores = 0.3 * q @ k.repeat_interleave(2, 0).transpose(1, 2)
-        distance = torch.arange(q.shape[1])[:, None] - torch.arange(q.shape[1])
-        seen = (distance >= 0) & (distance < (window or 99))
-        expected.append(scores.masked_fill(~seen, -math.inf).softmax(-1) @ v.repeat_interleave(2, 0))
-    expected, weights = torch.cat(expected, 1).transpose(0, 1)[None], torch.randn(out.shape, generator=heads)
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
-    for x, y in zip(*(torch.autograd.grad((o * weights).sum(), (query, key, value), retain_graph=True)
-                      for o in (out, expected)), strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
-
-
-def test_the_cpu_computes_little_padding_in_attention():
-    _, packed = ppo_llm.pack([[5] * n for n in (100, 90, 81, 50, 45, 20, 3)], torch.device("cpu"))
-    assert [part.lengths for part in packed.parts] == [[100, 90, 81], [50, 45], [20], [3]]
-
-
-def test_no_pass_computes_a_token_of_padding():
+def test_only_values_runs_no_head_over_the_vocabulary(monkeypatch):
     policy = make_policy()
-    widths = count_tokens(policy)
-    forward(policy, make_part([[5, 9, 12], [4]], [[7, 8, 9, 10], [11]]), 1.0)
-    assert widths == [9]
+    part = make_part([[5, 9]], [[7, 8]])
+    expected = forward(policy, part, Config())["values"]
+    monkeypatch.setattr(policy, "logits", None)
+    outputs = forward(policy, part, Config(), only_values=True)
+    assert list(outputs) == ["values"]
+    assert torch.equal(outputs["values"], expected)
 
 
-def test_a_slot_is_refilled_as_soon_as_its_response_has_ended_and_the_tail_is_compacted(monkeypatch):
-    monkeypatch.setattr(ppo_llm, "CHECK_EVERY", 2)
-    counter = make_counter()
-    widths, prompts = count_tokens(counter), [[29 - n] for n in (1, 5, 3, 7, 1)]
-    tokens, _ = generate(counter, prompts, {30}, Config(max_response_length=20, rollout_slots=2), None)
-    assert [len(x) for x in tokens] == [2, 6, 4, 8, 2]
-    # two prompts; two steps end the first, whose slot takes the next prompt: lengths 2 and 8, then 2, 4 and 6 beside it
-    assert sum(widths) < 2 * 8 + 2 * 5 + 14 and widths[0] == 2 and widths[-1] == 1
+@pytest.mark.parametrize("budget", [1, 40, 65, 200, 10**6])
+def test_micro_batches_are_rectangles_within_the_budget_and_a_fifth_of_a_row_may_be_padding(budget):
+    prompts = make_prompts(40, longest=30)
+    responses = [[7] * (1 + 7 * i % 19) for i in range(40)]
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    rows = list(range(2, 40))
+    seen = []
+    for group, part in ppo_llm.micro_batches(rows, make_part(prompts, responses), Config(micro_batch_tokens=budget)):
+        found = [lengths[i] for i in group]
+        assert len(group) == 1 or len(group) * max(found) <= budget
+        assert max(found) <= 1.25 * min(found)
+        assert part.responses == [responses[i] for i in group]
+        assert part.mask.shape == (len(group), max(len(responses[i]) for i in group))
+        seen += group
+    assert sorted(seen) == rows
+
+
+def test_micro_batches_are_as_few_as_the_budget_and_the_rule_of_similar_lengths_allow():
+    part = make_part([[5] * n for n in (7, 11, 8, 9, 10, 19)], [[7]] * 6)
+    for budget, expected in ((10**6, [[0, 2, 3], [4, 1], [5]]), (20, [[0, 2], [3], [4], [1], [5]])):
+        config = Config(micro_batch_tokens=budget)
+        assert [group for group, _ in ppo_llm.micro_batches(list(range(6)), part, config)] == expected
+
+
+def test_taking_rows_takes_all_that_belongs_to_them_and_cuts_the_padding():
+    part = make_part([[5], [6], [7]], [[8] * 5, [9], [10, 11]], scores=torch.tensor([1.0, 2.0, 3.0]))
+    part.stopped = torch.tensor([True, False, True])
+    part.old_values = torch.arange(15.0).view(3, 5)
+    part.texts = ["a", "b", "c"]
+    part.examples = [Example(text, "", []) for text in part.texts]
+    taken = part.take([2, 1])
+    assert taken.prompts == [[7], [6]] and taken.responses == [[10, 11], [9]]
+    assert taken.mask.tolist() == [[1, 1], [1, 0]]
+    assert taken.old_values.tolist() == [[10, 11], [5, 6]]
+    assert taken.scores.tolist() == [3, 2] and taken.stopped.tolist() == [True, False]
+    assert taken.texts == ["c", "b"] == [example.text for example in taken.examples]
+    assert taken.returns is None and part.mask.shape == (3, 5)
 
 
 def test_mean_pooling_gives_the_value_of_the_mean_of_all_states_so_far():
-    policy, prompt, response = make_policy(value_pooling="mean"), [5, 9, 12], [7, 8, 9]
-    values = forward(policy, make_part([prompt], [response]), 1.0)[2][0]
-    hidden = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True).hidden_states[-1][0]
-    close(values, torch.stack([policy.value_head(hidden[: 3 + t].mean(0))[0] for t in range(3)]))
+    policy = make_policy(value_pooling="mean")
+    prompt, response = [5, 9, 12], [7, 8, 9]
+    values = forward(policy, make_part([prompt], [response]), Config())["values"][0]
+    out = plain(policy.lm)(torch.tensor([prompt + response]), output_hidden_states=True)
+    states = out.hidden_states[-1][0]
+    close(values, torch.stack([policy.value_head(states[: 3 + t].mean(0))[0] for t in range(3)]))
 
 
 def test_ids_beyond_the_tokenizer_are_no_part_of_the_policy(tmp_path):
     lm = make_lm()
     lm.lm_head.weight.data[40:] = lm.lm_head.weight.data[:24] * 5  # likelier than any real token
-    config = make_config(save_folder(tmp_path / "m", lm, make_tokenizer(40)), max_response_length=20, kl_penalty="full")
+    folder = save_folder(tmp_path / "m", lm, make_tokenizer(40))
+    config = make_config(folder, max_response_length=20, kl_penalty="full")
     models = make_models(config)
     assert plain_logp(lm, [5, 9], [0])[0].argmax() >= 40
     rollout, metrics = collect(models, config)
     assert max(t for response in rollout.responses for t in response) < 40
     for prompt, response, logprobs in zip(rollout.prompts, rollout.responses, rollout.old_logprobs, strict=True):
-        logp = plain_logp(lm, prompt, response, size=40)
-        close(logprobs[: len(response)], logp.gather(1, torch.tensor(response)[:, None])[:, 0])
+        close(logprobs[: len(response)], plain_logprobs(lm, prompt, response, size=40))
     greedy, _ = generate(models.actor.model, [[5, 9]] * 2, {1}, config, None)
     assert max(map(max, greedy)) < 40
 
 
 def test_the_head_in_chunks_gives_the_same_numbers_and_gradients(folder, monkeypatch):
-    models = make_models(make_config(folder, kl_penalty="full", critic="shared"))
+    config = make_config(folder, kl_penalty="full", critic="shared", temperature=0.7)
+    models = make_models(config)
     policy, reference = models.actor.model, models.reference
     with torch.no_grad():
         for weight in reference.parameters():
@@ -397,28 +371,32 @@ def test_the_head_in_chunks_gives_the_same_numbers_and_gradients(folder, monkeyp
     for size in (2**26, 64 * 4, 1):
         monkeypatch.setattr(ppo_llm, "LOGITS_PER_CHUNK", size)
         policy.zero_grad()
-        outputs = forward(policy, part, 0.7, reference)
-        sum((x * torch.arange(1, 6)).sum() for x in outputs).backward()
-        results[size] = [*outputs, *(p.grad for p in policy.parameters())]
+        outputs = forward(policy, part, config, reference)
+        assert set(outputs) == {"logprobs", "entropy", "values", "kl"}
+        sum((x * torch.arange(1, 6)).sum() for x in outputs.values()).backward()
+        results[size] = [*outputs.values(), *(p.grad for p in policy.parameters())]
     for size in (64 * 4, 1):
         for x, y in zip(results[size], results[2**26], strict=True):
             close(x, y)
 
 
 def test_the_head_never_sees_more_tokens_than_a_chunk(folder, monkeypatch):
-    policy, rows = make_models(make_config(folder)).actor.model, []
+    config = make_config(folder)
+    policy = make_models(config).actor.model
+    rows = []
     monkeypatch.setattr(ppo_llm, "LOGITS_PER_CHUNK", 64 * 3)
     real = policy.logits
     monkeypatch.setattr(policy, "logits", lambda hidden, temperature: (rows.append(len(hidden)), real(hidden, 1.0))[1])
-    forward(policy, make_part([[5], [6]], [[7] * 5, [8] * 2]), 1.0)
+    forward(policy, make_part([[5], [6]], [[7] * 5, [8] * 2]), config)
     assert rows == [3, 3, 1]
 
 
 def test_full_kl_is_the_sum_over_the_vocabulary(folder):
-    models = make_models(make_config(folder, kl_penalty="full"))
+    config = make_config(folder, kl_penalty="full", temperature=0.7)
+    models = make_models(config)
     policy, reference = models.actor.model, models.reference
     reference.lm.lm_head.weight.data.mul_(0.5)
-    kl = forward(policy, make_part([[5, 9]], [[7, 8, 9]]), 0.7, reference)[3][0]
+    kl = forward(policy, make_part([[5, 9]], [[7, 8, 9]]), config, reference)["kl"][0]
     logp, ref_logp = (plain_logp(model.lm, [5, 9], [7, 8, 9], 0.7) for model in (policy, reference))
     close(kl, torch.nn.functional.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(-1))
     assert kl.min() > 0.01
@@ -427,31 +405,56 @@ def test_full_kl_is_the_sum_over_the_vocabulary(folder):
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_dropout_is_off_in_every_pass(critic, tmp_path):
     lm = make_lm("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    models = make_models(make_config(save_folder(tmp_path / "m", lm), critic=critic, value_head_init="normal"))
+    config = make_config(save_folder(tmp_path / "m", lm), critic=critic)
+    models = make_models(config)
+    metrics = take_steps(models, config)
+    assert metrics["policy/ratio_first"] == pytest.approx(1, abs=1e-6)
+    assert metrics["reward/kl"].abs() < 1e-6
     part = make_part([[5, 9, 30]], [[7, 8, 9]])
     for learner in filter(None, (models.actor, models.critic)):
-        quiet, trained = (forward(learner.model.train(mode), part, 1.0) for mode in (False, True))
-        assert all(torch.equal(x, y) for x, y in zip(quiet, trained, strict=True) if x is not None)
+        once, twice = (forward(learner.model, part, config) for _ in range(2))
+        assert all(torch.equal(once[name], twice[name]) for name in once)
     lm.train()
     assert not torch.allclose(lm(torch.tensor([[5, 9, 30]])).logits, lm(torch.tensor([[5, 9, 30]])).logits)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # The models.
 
 
 @pytest.mark.parametrize(("ids", "expected"), [(1, {1}), ([1, 9], {1, 9}), (None, {1}), (9, {1, 9})])
-def test_stop_tokens_come_from_tokenizer_and_generation_config(ids, expected, tmp_path, capsys):
+def test_stop_tokens_come_from_tokenizer_and_generation_config(ids, expected, folder, capsys):
     lm = make_lm()
     lm.generation_config.eos_token_id = ids
-    config = make_config(save_folder(tmp_path / "m", lm))
-    models = ppo_llm.build_models(make_tokenizer(), config)
-    assert models.stop_ids == expected
-    assert f"stop tokens: <|endoftext|>{' g' if 9 in expected else ''}\n" in capsys.readouterr().out
+    assert ppo_llm.find_stop_ids(lm, make_tokenizer()) == expected
+    assert capsys.readouterr().out == f"stop tokens: <|endoftext|>{' g' if 9 in expected else ''}\n"
+
+
+@pytest.mark.parametrize(("around", "stops"), [
+    (("<|im_start|>", "<|im_end|>\n"), True),  # ChatML on a base model, whose eos is <|endoftext|>
+    (("<|im_start|>", " <|im_end|>"), True),
+    (("<|im_start|>", "\n"), False),
+    (("<|im_start|>", "z"), False),  # ordinary text
+    (("<|im_start|>", ""), False),
+])
+def test_the_special_token_that_the_chat_template_puts_after_a_turn_is_a_stop_token(around, stops, capsys):
+    tokenizer = make_tokenizer(60)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    turn = f"'{around[0]}' + m['role'] + m['content'] + {around[1]!r}"
+    tokenizer.chat_template = "{% for m in messages %}{{ " + turn + " }}{% endfor %}"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ppo_llm.find_stop_ids(make_lm(), tokenizer) == ({1, end} if stops else {1})
+    assert ("<|im_end|>" in capsys.readouterr().out) == stops
+
+
+def test_a_tokenizer_without_a_chat_template_stops_at_eos(folder):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    assert ppo_llm.find_stop_ids(make_lm(), tokenizer) == {1}
 
 
 @pytest.mark.parametrize("special", [{"pad_token": "<|endoftext|>"}, {"pad_token": None}])
-def test_a_tokenizer_without_a_pad_token_of_its_own_gives_the_same_rollout(special, folder, tmp_path):
+def test_a_tokenizer_without_a_pad_token_of_its_own_gives_the_same_rollout(special, folder):
     rollouts = []
     for tokenizer in (make_tokenizer(), make_tokenizer(**special)):
         config = make_config(folder, max_response_length=30)
@@ -481,14 +484,13 @@ def test_without_a_kl_coefficient_training_works_and_logs_no_kl(estimator, folde
     assert all(map(math.isfinite, metrics.values()))
 
 
-def test_a_zero_value_head_says_zero_and_a_normal_one_does_not(folder):
-    for init, zero in (("zero", True), ("normal", False)):
-        config = make_config(folder, value_head_init=init)
-        rollout, _ = collect(make_models(config), config)
-        assert (not rollout.old_values.any()) == zero
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_a_fresh_value_head_says_zero(critic, folder):
+    config = make_config(folder, critic=critic)
+    assert not collect(make_models(config), config)[0].old_values.any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # The reference policy.
 
 
@@ -499,14 +501,17 @@ def test_the_first_kl_is_zero_when_the_reference_is_the_start(kind, folder):
     assert abs(metrics["reward/kl"]) < 1e-6 and rollout.kl.abs().max() < 1e-5
 
 
-def test_training_moves_the_policy_and_not_the_reference(folder):
-    config = make_config(folder, lr=1e-2)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_moves_the_policy_and_not_the_reference(checkpointing, folder):
+    config = make_config(folder, lr=1e-2, gradient_checkpointing=checkpointing)
     models = make_models(config)
     part = make_part([[5, 9]], [[7, 8, 9]])
-    before, policy_before = (forward(m, part, 1.0)[0] for m in (models.reference, models.actor.model))
+    roles = (models.reference, models.actor.model)
+    before, policy_before = (forward(model, part, config)["logprobs"].detach() for model in roles)
     take_steps(models, config, 2)
-    assert torch.equal(forward(models.reference, part, 1.0)[0], before)
-    assert (forward(models.actor.model, part, 1.0)[0] - policy_before).abs().max() > 1e-3
+    after, policy_after = (forward(model, part, config)["logprobs"].detach() for model in roles)
+    assert torch.equal(after, before)
+    assert (policy_after - policy_before).abs().max() > 1e-3
     assert collect(models, config)[1]["reward/kl"] > 1e-3
 
 
@@ -533,13 +538,13 @@ def test_reference_mixed_mixes_the_probabilities_of_start_and_previous_policy(we
     take_steps(models, config, 2)
     rollout, _ = collect(models, config)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-        start, previous = (plain_logp(m.lm, prompt, response).gather(1, torch.tensor(response)[:, None])[:, 0].exp()
-                           for m in (models.reference, models.actor.model))
+        start = plain_logprobs(models.reference.lm, prompt, response).exp()
+        previous = plain_logprobs(models.actor.model.lm, prompt, response).exp()
         close(rollout.ref_logprobs[i, : len(response)].exp(), (1 - weight) * start + weight * previous)
     assert not rollout.ref_logprobs[rollout.mask == 0].any()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # collect_rollout.
 
 
@@ -547,8 +552,9 @@ def test_reference_mixed_mixes_the_probabilities_of_start_and_previous_policy(we
 def moved(folder):
     """A rollout of a policy that has left its reference, with a critic that has learned something."""
     config = make_config(folder, train_batch_size=16, max_response_length=9, lr=3e-3, kl_ctrl_coef=0.05, lam=0.9,
-                         value_head_init="normal", critic_lr=1e-3)
+                         critic_lr=1e-3)
     models = make_models(config)
+    torch.nn.init.normal_(models.critic.model.value_head.weight, generator=noise())
     take_steps(models, config, 1)
     return config, models, *collect(models, config, step=5)
 
@@ -589,6 +595,7 @@ def test_logged_numbers_are_those_of_the_rollouts_tensors(moved):
                 "reward/score": rollout.scores.mean(), "reward/score_std": rollout.scores.std(correction=0),
                 "rollout/response_length": lengths.float().mean(),
                 "rollout/eos_rate": sum(r[-1] in models.stop_ids for r in rollout.responses) / 16,
+                "rollout/tokens": lengths.sum() + sum(map(len, rollout.prompts)),
                 "value/explained_variance": 1 - error.var() / returns.var()}
     assert {name for name in metrics if "time/" not in name} == set(expected)
     for name, x in expected.items():
@@ -603,8 +610,7 @@ def test_ratio_is_one_and_clipped_zero_before_the_update(moved):
 
 def test_old_values_are_those_of_the_critic(moved):
     config, models, rollout, _ = moved
-    values = forward(models.critic.model, rollout, 1.0)[2]
-    close(rollout.old_values, values)
+    close(rollout.old_values, forward(models.critic.model, rollout, config)["values"])
     assert rollout.old_values.abs().max() > 0.1
 
 
@@ -615,27 +621,18 @@ def test_advantages_are_white_over_the_tokens_of_the_rollout(moved):
     close(advantages.var(), torch.tensor(1.0), 1e-4)
 
 
-@pytest.mark.parametrize("micro", [{"ppo_micro_batch_size": 1}, {"micro_batch_tokens": 1}, {"ppo_micro_batch_size": 3}])
-def test_a_rollout_does_not_depend_on_micro_batches(micro, folder):
+@pytest.mark.parametrize("budget", [1, 30])
+def test_a_rollout_does_not_depend_on_micro_batches(budget, folder):
     rollouts = []
-    for changes in ({}, micro):
-        config = make_config(folder, train_batch_size=16, value_head_init="normal", kl_penalty="full", **changes)
-        rollouts.append(collect(make_models(config), config)[0])
+    for changes in ({}, {"micro_batch_tokens": budget}):
+        config = make_config(folder, train_batch_size=16, kl_penalty="full", **changes)
+        models = make_models(config)
+        torch.nn.init.normal_(models.critic.model.value_head.weight, generator=noise())
+        rollouts.append(collect(models, config)[0])
     one, other = rollouts
     assert one.responses == other.responses
     for name in ("old_logprobs", "ref_logprobs", "old_values", "kl", "rewards", "advantages", "returns"):
         close(getattr(one, name), getattr(other, name))
-
-
-def test_whitened_rewards_keep_their_mean_and_get_unit_variance(folder):
-    rewards = []
-    for whiten in (False, True):
-        config = make_config(folder, train_batch_size=16, whiten_rewards=whiten)
-        rollout, _ = collect(make_models(config), config)
-        rewards.append(rollout.rewards[rollout.mask > 0])
-    close(rewards[0].mean(), rewards[1].mean())
-    close(rewards[1].var(), torch.tensor(1.0), 1e-4)
-    assert rewards[0].var() < 0.5
 
 
 def test_responses_that_are_a_single_stop_token_are_trained_on(folder):
@@ -655,8 +652,8 @@ def test_responses_that_never_stop_are_full_length_and_count_as_cut(folder):
     assert rollout.mask.shape == (8, 8) and rollout.mask.all() and metrics["rollout/eos_rate"] == 0
     close(rollout.rewards.sum(1), rollout.scores - 0.25)
     examples = [Example("", "", prompt) for prompt in rollout.prompts]
-    samples = ppo_llm.evaluate(models, lambda *args: [0.0] * 8, examples, config)[1]
-    assert [(x["stop_reason"], x["truncated"]) for x in samples] == [("length", True)] * 2
+    samples = ppo_llm.evaluate(models, lambda *texts: [0.0] * 8, examples, 0.0, config)[1]
+    assert [(x["stop_reason"], x["truncated"]) for x in samples] == [("length", True)] * 4
 
 
 def test_only_responses_that_lack_every_stop_token_are_penalised(folder):
@@ -674,9 +671,52 @@ def test_every_logprob_of_a_rollout_is_divided_by_the_temperature(reference, fol
     models = make_models(config)
     rollout, _ = collect(models, config)
     for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
-        expected = plain_logp(models.actor.model.lm, prompt, response, 0.7).gather(1, torch.tensor(response)[:, None])
-        close(rollout.old_logprobs[i, : len(response)], expected[:, 0])
-        close(rollout.ref_logprobs[i, : len(response)], expected[:, 0])
+        expected = plain_logprobs(models.actor.model.lm, prompt, response, 0.7)
+        close(rollout.old_logprobs[i, : len(response)], expected)
+        close(rollout.ref_logprobs[i, : len(response)], expected)
+
+
+def test_without_a_critic_a_rollout_has_no_values(folder):
+    config = make_config(folder, adv_estimator="grpo", rollout_n=2)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    assert rollout.old_values is None and "value/explained_variance" not in metrics
+    assert ppo_llm.describe_samples(rollout, "train", 1, models)[0]["value"] is None
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_probabilities_that_are_not_finite_give_valid_tokens_and_an_error_instead_of_a_crash(greedy, folder):
+    config = make_config(folder)
+    models = make_models(config)
+    lm = models.actor.model.lm
+    lm.lm_head.weight.data[7] = math.nan  # one NaN makes the whole softmax NaN
+    tokens, _ = generate(models.actor.model, make_prompts(5), STOP, config, None if greedy else noise())
+    assert all(0 <= token < 64 for response in tokens for token in response)
+    with pytest.raises(ppo_llm.Diverged, match="old_logprobs are not finite"):
+        collect(models, config)
+
+
+def test_values_that_are_not_finite_are_an_error(folder):
+    config = make_config(folder)
+    models = make_models(config)
+    models.critic.model.value_head.weight.data[0, 3] = math.inf
+    with pytest.raises(ppo_llm.Diverged, match="old_values are not finite"):
+        collect(models, config)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Old log-probs that are scored anew: bf16, and a rollout hook.
+
+
+def test_in_fp32_the_samplers_logprobs_are_the_old_ones_and_the_first_ratio_is_one(folder):
+    config = make_config(folder, temperature=0.7)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    assert not any("logprob_gap" in name for name in metrics) and rollout.is_weights is None
+    scored = ppo_llm.score_tokens(models.actor.model, rollout, config)["logprobs"]
+    close(scored, rollout.old_logprobs, 2e-6)
+    found = ppo_llm.update("actor", models, rollout, 0, 3, 0.001, config)
+    assert found["policy/ratio_first"] == pytest.approx(1, abs=2e-6)
 
 
 def test_bf16_logprobs_come_from_the_updates_kind_of_pass_in_fp32(folder):
@@ -684,13 +724,120 @@ def test_bf16_logprobs_come_from_the_updates_kind_of_pass_in_fp32(folder):
     models = make_models(config)
     rollout, metrics = collect(models, config)
     assert rollout.old_logprobs.dtype == torch.float32 and 0 < metrics["rollout/logprob_gap"] < 2e-2
-    ratio = (forward(models.actor.model, rollout, 1.0)[0] - rollout.old_logprobs).exp()
+    assert 0.9 < metrics["rollout/is_weight_mean"] < 1.1 and metrics["rollout/is_capped"] == 0
+    ratio = (forward(models.actor.model, rollout, config)["logprobs"] - rollout.old_logprobs).exp()
     close(ratio, torch.ones_like(ratio), 2e-2)
 
 
-def test_without_a_critic_a_rollout_in_bf16_has_no_values(folder):
-    config = make_config(folder, dtype="bfloat16", adv_estimator="grpo", rollout_n=2)
+HOOK = """
+import torch
+import ppo_llm
+
+calls = []
+
+def generate(model, prompts, stop_ids, config, generator):
+    calls.append((model, prompts, stop_ids, config, generator))
+    responses, logprobs = ppo_llm.generate(model, prompts, stop_ids, config, generator)
+    return responses, [x - OFFSET for x in logprobs]
+
+def lists(model, prompts, stop_ids, config, generator):
+    responses, logprobs = generate(model, prompts, stop_ids, config, generator)
+    return responses, [x.tolist() for x in logprobs]
+
+def broken(model, prompts, stop_ids, config, generator):
+    raise KeyError("the engine is gone")
+"""
+
+
+def hook_config(folder: Path, tmp_path: Path, offset: float = 0.0, name: str = "generate", **changes) -> Config:
+    path = tmp_path / "hook.py"
+    path.write_text(HOOK.replace("OFFSET", str(offset)))
+    return make_config(folder, rollout=f"{path}:{name}", **changes)
+
+
+@pytest.mark.parametrize("name", ["generate", "lists"])
+def test_a_hook_gets_token_ids_and_its_responses_are_trained_on(name, folder, tmp_path):
+    config = hook_config(folder, tmp_path, name=name)
     models = make_models(config)
     rollout, metrics = collect(models, config)
-    assert "rollout/logprob_gap" in metrics and rollout.old_values is None
-    assert ppo_llm.describe(rollout, "train", models, config)[0]["value"] is None
+    builtin, _ = collect(make_models(make_config(folder)), make_config(folder))
+    assert rollout.responses == builtin.responses
+    assert metrics["rollout/logprob_gap"] < 1e-6
+    close(rollout.is_weights, torch.ones_like(rollout.mask))
+    calls = ppo_llm.sys.modules["rollout_hook"].calls
+    assert calls[-1][0] is models.actor.model
+    assert calls[-1][1:4] == (rollout.prompts, models.stop_ids, config)
+    assert isinstance(calls[-1][4], torch.Generator)
+
+
+def test_the_greedy_evaluation_gives_a_hook_no_generator(folder, tmp_path):
+    config = hook_config(folder, tmp_path)
+    models = make_models(config)
+    examples = [Example("", "", prompt) for prompt in make_prompts(5)]
+    ppo_llm.evaluate(models, lambda *texts: [0.0] * 5, examples, 0.001, config)
+    assert ppo_llm.sys.modules["rollout_hook"].calls[-1][4] is None
+
+
+@pytest.mark.parametrize(("cap", "offset"), [(2.0, 0.5), (2.0, 1.0), (1.2, 0.5), (2.0, -0.5)])
+def test_the_logprobs_of_a_hook_are_scored_anew_and_their_tokens_weighted(cap, offset, folder, tmp_path):
+    config = hook_config(folder, tmp_path, offset, rollout_is_cap=cap)
+    models = make_models(config)
+    rollout, metrics = collect(models, config)
+    probability = rollout.old_logprobs.exp()[rollout.mask > 0]
+    for i, (prompt, response) in enumerate(zip(rollout.prompts, rollout.responses, strict=True)):
+        close(rollout.old_logprobs[i, : len(response)], plain_logprobs(models.actor.model.lm, prompt, response))
+    weight = min(math.exp(offset), cap)
+    close(rollout.is_weights[rollout.mask > 0], torch.full_like(probability, weight))
+    gap = (probability - probability * math.exp(-offset)).abs().mean()
+    expected = {"rollout/logprob_gap": gap, "rollout/is_weight_mean": weight, "rollout/is_weight_max": weight,
+                "rollout/is_capped": float(weight == cap)}
+    for name, x in expected.items():
+        assert float(metrics[name]) == pytest.approx(float(x), rel=1e-4), name
+    part = rollout.take([0, 1])
+    weighted = ppo_llm.ppo_loss("actor", models, part, 0.0, config)[1]["policy/loss"]
+    part.is_weights = None
+    close(weighted, weight * ppo_llm.ppo_loss("actor", models, part, 0.0, config)[1]["policy/loss"])
+    assert weighted.abs().max() > 0
+
+
+def test_without_a_cap_the_tokens_of_a_hook_are_not_weighted(folder, tmp_path):
+    config = hook_config(folder, tmp_path, 0.5, rollout_is_cap=None)
+    rollout, metrics = collect(make_models(config), config)
+    assert rollout.is_weights is None
+    assert [name for name in metrics if "is_" in name] == [] and metrics["rollout/logprob_gap"] > 0.01
+
+
+@pytest.mark.parametrize(("responses", "logprobs", "sentence"), [
+    ([[5]], [[0.0]], "1 responses, 1 log-probs, 2 prompts"),
+    ([[5], [6], [7]], [[0.0]] * 3, "3 responses, 3 log-probs, 2 prompts"),
+    ([[5], [6]], [[0.0]], "2 responses, 1 log-probs, 2 prompts"),
+    ([[5], []], [[0.0], []], "response 1 has 0 tokens and 0 log-probs, not 1 to 8 of both"),
+    ([[5] * 9, [6]], [[0.0] * 9, [0.0]], "response 0 has 9 tokens and 9 log-probs, not 1 to 8 of both"),
+    ([[5, 6], [6]], [[0.0], [0.0]], "response 0 has 2 tokens and 1 log-probs, not 1 to 8 of both"),
+    ([[5], [64]], [[0.0], [0.0]], "response 1 has a token outside 0 to 63"),
+    ([[5, -1], [6]], [[0.0] * 2, [0.0]], "response 0 has a token outside 0 to 63"),
+    ([[5], [6]], [[0.0], [math.nan]], "response 1 has a log-prob that is not finite"),
+    ([[5, 6], [6]], [[0.0, -math.inf], [0.0]], "response 0 has a log-prob that is not finite"),
+])
+def test_what_a_hook_returns_wrongly_is_one_sentence(responses, logprobs, sentence, folder, tmp_path):
+    config = hook_config(folder, tmp_path)
+    models = make_models(config)
+    examples = [Example("", "", [5]), Example("", "", [6])]
+    for wrap in (list, torch.tensor):
+        models.generate = lambda *given, wrap=wrap: (responses, [wrap(x) for x in logprobs])
+        with pytest.raises(ppo_llm.UsageError, match=sentence):
+            ppo_llm.respond(models, examples, config, noise())
+
+
+def test_what_a_hook_raises_is_not_swallowed(folder, tmp_path):
+    config = hook_config(folder, tmp_path, name="broken")
+    with pytest.raises(KeyError, match="the engine is gone"):
+        collect(make_models(config), config)
+
+
+@pytest.mark.parametrize("spec", ["nothing.py:generate", "{hook}:nothing", "{hook}"])
+def test_a_hook_that_cannot_be_loaded_is_one_sentence(spec, folder, tmp_path, capsys):
+    config = hook_config(folder, tmp_path)
+    config.rollout = spec.format(hook=tmp_path / "hook.py")
+    with pytest.raises(ppo_llm.UsageError, match="^rollout .* cannot be loaded: "):
+        make_models(config)

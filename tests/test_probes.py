@@ -1,0 +1,49 @@
+"""scripts/probes.py: the probes pass on the file as it is, and each fails where its part is broken."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import probes
+
+import ppo_llm
+
+
+@pytest.mark.parametrize("name", ["constant", "prompt", "clip", "resume"])
+def test_the_probe_passes(name):
+    passed, found, _ = probes.PROBES[name]()
+    assert passed, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["last", "first", "kl"])
+def test_the_slow_probe_passes(name):
+    passed, found, _ = probes.PROBES[name]()
+    assert passed, found
+
+
+@pytest.mark.slow
+def test_a_policy_loss_with_the_wrong_sign_fails_the_probe_of_the_last_token(monkeypatch):
+    right = ppo_llm.clipped_policy_loss
+    monkeypatch.setattr(ppo_llm, "clipped_policy_loss", lambda *x: (-right(*x)[0], *right(*x)[1:]))
+    assert not probes.probe_last()[0]
+
+
+def test_a_critic_that_sees_nothing_fails_the_probe_of_the_prompt(monkeypatch):
+    monkeypatch.setattr(ppo_llm.LanguageModel, "values", lambda model, hidden: 0 * hidden.float().sum(-1))
+    assert not probes.probe_prompt()[0]
+
+
+def test_a_clip_that_does_nothing_fails_the_probe_of_the_clip(monkeypatch):
+    right = ppo_llm.clipped_policy_loss
+    monkeypatch.setattr(ppo_llm, "clipped_policy_loss", lambda a, b, c, *clips: right(a, b, c, 1e9, 1e9, None))
+    assert not probes.probe_clip()[0]
+
+
+def test_a_shuffle_that_forgets_its_seed_fails_the_probe_of_the_resume(monkeypatch):
+    generator = ppo_llm.torch.Generator
+    monkeypatch.setattr(ppo_llm, "seeded", lambda device, *parts: generator(device).manual_seed(generator().seed()))
+    assert not probes.probe_resume()[0]
