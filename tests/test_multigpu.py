@@ -220,9 +220,8 @@ def distance(one: Path, other: Path, kind: str, start: Path | None = None) -> fl
     """Norm of the difference of all tensors of a kind over the norm; with start, its maximum over the movement's."""
     a = load_file(one)
     b = load_file(other)
-    assert set(a) == set(b)
     names = [name for name in a if name.startswith(f"{kind}/")]
-    assert names
+    assert names and sorted(names) == sorted(name for name in b if name.startswith(f"{kind}/"))
     if start is None:
         return norm([a[n] - b[n] for n in names]) / norm([a[n] for n in names])
     begin = load_file(start)
@@ -274,13 +273,13 @@ def updates(tmp_path_factory, forks, stuck) -> Path:
 def compare(one: Path, two: Path) -> dict[str, float]:
     """Relative error of the first gradient and, after 3 steps and at the end, of the weights by how far they moved."""
     errors = {}
-    for path in one.glob("*_[13l]*.safetensors"):
+    for path in sorted(one.glob("*_[13l]*.safetensors")):
         other = two / path.name
         start = path.with_name(path.name.split("_")[0] + "_start.safetensors")
         assert distance(start, two / start.name, "weight") == 0
         if path.stem.endswith("_1"):  # after one step AdamW's first mean is 0.1 times the clipped gradient
             errors[path.stem] = distance(path, other, "exp_avg")
-            bar = 1e-6
+            bar = 5e-7
         else:
             errors[path.stem] = distance(path, other, "weight", start)
             bar = 0.02
