@@ -330,7 +330,7 @@ def first_failure(script: str, old: str, new: str, groups: list[list[str]]) -> s
                 return f"{files[0]}: ended by signal {-process.exitcode}"
             if process.exitcode != 0:
                 output = log.read_text()
-                found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+                found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)
                 assert found, f"pytest ended with {process.exitcode}:\n{output[-2000:]}"
                 return found[1]
     return ""
