@@ -73,7 +73,7 @@ def in_a_process(function, cwd: Path, **environment) -> Done:
             sys.stderr.flush()
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return Done(status, out.read_text(), err.read_text())
+    return Done(status, out.read_bytes().decode(), err.read_bytes().decode())
 
 
 def flags(folder: Path, **changes) -> list[str]:
