@@ -734,9 +734,9 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
     stream.restart(c.seed, RESET, state["step"])
     while state["global_step"] < c.total_timesteps:
         clock = time.perf_counter()
-        lr = c.learning_rate
-        if c.anneal_lr:
-            lr *= 1 - state["global_step"] / c.total_timesteps
+        left = 1 - state["global_step"] / c.total_timesteps
+        lr = c.learning_rate * left if c.anneal_lr else c.learning_rate
+        # A schedule of your own goes here: agent.ent_coef = c.ent_coef * left, which ppo_loss can read.
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)
@@ -1169,6 +1169,7 @@ def start() -> int:
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
+    sys.path.append(os.getcwd())  # where the module of an own environment may lie
     arguments = [x for x in sys.argv[1:] if x not in ("-h", "--help")]
     try:
         env_id = tyro.cli(Config, args=arguments, use_underscores=True).env_id  # the defaults follow from it

@@ -1888,6 +1888,8 @@ def find_fault(
                     f" {config.max_response_length} of both")
         if min(tokens) < 0 or max(tokens) >= num_tokens:
             return f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
+        if not torch.as_tensor(logprob).isfinite().all():
+            return f"rollout: response {i} has a log-prob that is not finite"
     return None
 
 
@@ -2425,7 +2427,7 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     changes = []
     for name, new in asdict(run.config).items():
         old = state["config"].get(name)
-        if old != new and name in STRUCTURE:
+        if old != new and (name in STRUCTURE or (run.config.lora_rank and name == "model")):
             raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
         if old != new and name not in ("output_dir", "resume"):
             changes.append(f"{name} {old} → {new}")
@@ -2479,7 +2481,7 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
     if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
-        print("no critic/: transformers has no sequence classifier that reads the last state for this model")
+        print("no critic/: transformers has no sequence classifier that computes what this critic does")
         return
     weights = {}
     for name, x in critic.lm.base_model.state_dict().items():

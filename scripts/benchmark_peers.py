@@ -154,10 +154,14 @@ def ours(work: Work) -> Callable:
     return run
 
 
-def load_before(commit: str = "dc3ee96"):
-    """ppo_llm.py as it was with its inference engine and packed attention, out of the history."""
-    source = subprocess.run(["git", "show", f"{commit}:ppo_llm.py"], cwd=Path(__file__).parent, check=True,
-                            capture_output=True, text=True).stdout
+def load_before(file: Path | None = None, commit: str = "dc3ee96") -> ModuleType:
+    """ppo_llm.py as it was with its inference engine and packed attention: from a file, else out of the history."""
+    if file is None:
+        git = ["git", "show", f"{commit}:ppo_llm.py"]
+        shown = subprocess.run(git, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+        source = shown.stdout
+    else:
+        source = file.read_text()
     module = ModuleType("ppo_llm_before")
     module.__file__ = ppo_llm.__file__
     sys.modules["ppo_llm_before"] = module
@@ -165,18 +169,16 @@ def load_before(commit: str = "dc3ee96"):
     return module
 
 
-def before(work: Work) -> Callable:
-    """The version with the engine (KV slots, refill, packed attention), whose code is in the history."""
-    old = load_before()
+def config_before(old: ModuleType, c: ppo_llm.Config):
+    """The same settings for the version with the engine, as far as it has them."""
     names = {field.name for field in dataclasses.fields(old.Config)}
-    c = old.Config(**{name: x for name, x in vars(work.c).items() if name in names and name != "resume"})
-    size = work.shape["vocab_size"]
-    lm = work.make(AutoModelForCausalLM)
-    trunk = work.make(AutoModel)
+    return old.Config(**{name: x for name, x in vars(c).items() if name in names and name != "resume"})
+
+
+def scheduled_engine(old: ModuleType, work: Work) -> type:
+    """The engine, whose responses end at their scheduled length."""
 
     class ScheduledEngine(old.Engine):
-        """Responses end at their scheduled length."""
-
         def __init__(self, model, room: tuple[int, int], *rest):
             self.limits = torch.zeros(room[0], dtype=torch.long, device=work.device)
             super().__init__(model, room, *rest)
@@ -193,6 +195,18 @@ def before(work: Work) -> Callable:
             super().move_to_front(slots)
             self.limits[: len(slots)] = self.limits[slots]
 
+    return ScheduledEngine
+
+
+def before(work: Work) -> Callable:
+    """The version with the engine (KV slots, refill, packed attention), whose code is in the history."""
+    old = load_before()
+    c = config_before(old, work.c)
+    size = work.shape["vocab_size"]
+    lm = work.make(AutoModelForCausalLM)
+    trunk = work.make(AutoModel)
+
+    engine = scheduled_engine(old, work)
     reference = old.LanguageModel(copy.deepcopy(lm).requires_grad_(False), size, False, c)
     actor = old.Learner(old.LanguageModel(lm, size, False, c), c.lr, c.critic_lr, c)
     critic = old.Learner(old.LanguageModel(trunk, size, True, c), c.critic_lr, c.critic_lr, c)
@@ -206,7 +220,7 @@ def before(work: Work) -> Callable:
             laps.lap("rollout")
             return result
 
-        with patch.multiple(old, Engine=ScheduledEngine, generate=timed_generate):
+        with patch.multiple(old, Engine=engine, generate=timed_generate):
             rollout, _ = old.collect_rollout(
                 models, lambda prompts, responses, answers: [0.5] * len(responses), examples, 0, c.kl_coef, c)
         laps.lap("scoring")

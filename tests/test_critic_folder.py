@@ -1,4 +1,4 @@
-"""critic/, the folder of the value model that a run leaves: what transformers and --critic_model read from it."""
+"""critic/, the folder of the value model that a run leaves, as transformers and --critic_model read it."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ import ppo_llm
 from ppo_llm import export_models, score_tokens
 
 LORA = {"lora_rank": 4}
-SENTENCE = "no critic/: transformers has no sequence classifier that reads the last state for this model\n"
+SENTENCE = "no critic/: transformers has no sequence classifier that computes what this critic does\n"
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
@@ -45,8 +45,8 @@ def check_folder(folder, rollout, values, tolerance: float = 1e-5) -> None:
     assert len(compared) > 10 and torch.tensor(compared).std() > 10 * tolerance
 
 
-KINDS = {"qwen2": {}, "gpt2": {}, "gpt_neox": {}, "gemma2": {"head_dim": 8, "sliding_window": 6}, "mixtral": {},
-         "bloom": {}}
+KINDS = {"qwen2": {}, "gpt2": {}, "gpt_neox": {}, "gemma2": {"head_dim": 8, "sliding_window": 6},
+         "mixtral": {}, "bloom": {}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +141,9 @@ def test_a_lora_adapter_is_merged_into_the_folder(kind, tmp_path):
 def test_the_export_of_an_adapter_leaves_the_models_as_they_are(folder, tmp_path):
     models, rollout, config = make_trained(folder, **LORA)
     names = {"actor": "logprobs", "critic": "values"}
-    before = {role: score_tokens(getattr(models, role).model, rollout, config)[x] for role, x in names.items()}
+    before = {}
+    for role, x in names.items():
+        before[role] = score_tokens(getattr(models, role).model, rollout, config)[x]
     export_models(tmp_path / "run", models, config)
     for role, x in names.items():
         assert torch.equal(score_tokens(getattr(models, role).model, rollout, config)[x], before[role])
@@ -158,15 +160,18 @@ def test_a_bf16_adapter_is_merged_in_fp32_so_that_small_steps_survive(folder, tm
     export_models(tmp_path / "run", models, config)
     layer = models.critic.model.lm.model.layers[0].self_attn.q_proj
     step = 2.0 * layer.lora_B["critic"].weight.float() @ layer.lora_A["critic"].weight.float()
-    merged = load_file(tmp_path / "run" / "critic" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
-    assert merged.dtype == torch.float32 and 0 < step.abs().max() < 1e-3  # bf16 has three digits: it would be lost
+    weights = load_file(tmp_path / "run" / "critic" / "model.safetensors")
+    merged = weights["model.layers.0.self_attn.q_proj.weight"]
+    assert merged.dtype == torch.float32
+    assert 0 < step.abs().max() < 1e-3  # bf16 has three digits: it would be lost
     torch.testing.assert_close(merged - layer.base_layer.weight.float(), step, atol=1e-7, rtol=1e-2)
 
 
 def test_a_bf16_critic_is_exported_in_bf16(folder, tmp_path):
     models, rollout, config = make_trained(folder, dtype="bfloat16")
     export_models(tmp_path / "run", models, config)
-    critic = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "critic", dtype="auto")
+    exported = tmp_path / "run" / "critic"
+    critic = transformers.AutoModelForSequenceClassification.from_pretrained(exported, dtype="auto")
     assert critic.dtype == torch.bfloat16
     assert torch.equal(critic.score.weight, models.critic.model.value_head.weight)
 

@@ -116,7 +116,8 @@ def test_the_demo_has_a_training_and_a_test_split_without_overlap():
     codecs.BOM_UTF8 + jsonl(ROWS).encode(), jsonl(ROWS, "\r\n"), jsonl(ROWS, "\n\n  \n"),
     jsonl(ROWS).rstrip(), json.dumps(ROWS), codecs.BOM_UTF8 + json.dumps(ROWS).encode(),
     "\n " + json.dumps(ROWS, indent=1)],
-    ids=["byte order mark", "CRLF", "blank lines", "no last newline", "array", "array after a mark", "indented"])
+    ids=["byte order mark", "CRLF", "blank lines", "no last newline", "array", "array after a mark",
+         "indented"])
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_lines_and_arrays_of_other_systems_are_read_whatever_the_file_is_called(tmp_path, ending, content):
     assert read(tmp_path / f"rows.{ending}", content) == ROWS
@@ -126,7 +127,8 @@ def test_a_single_json_object_is_a_single_row(tmp_path):
     assert read(tmp_path / "rows.json", '{"prompt": "a"}') == [{"prompt": "a"}]
 
 
-@pytest.mark.parametrize("text", ["one\u2028two\u2029three\x85four", "\U0001f600 \u00e9\u6f22", "a\nb\r\nc\td", " "])
+@pytest.mark.parametrize("text",
+                         ["one\u2028two\u2029three\x85four", "\U0001f600 \u00e9\u6f22", "a\nb\r\nc\td", " "])
 def test_a_string_is_read_as_it_is_with_all_its_separators(tmp_path, text):
     for ascii_only in (True, False):
         content = json.dumps({"prompt": text}, ensure_ascii=ascii_only) + "\n"
@@ -137,7 +139,8 @@ def test_a_string_is_read_as_it_is_with_all_its_separators(tmp_path, text):
 
 
 NUMBERS = ["1.10", "1e400", "1E5", "-0", "12345678901234567890123", "0.1", "18.0", "1e-3"]
-TEXTS = ["007", "1e3", "NA", "null", "nan", "NaN", "None", "N/A", "-", "inf", "1,000", "2020-01-02", "3/4", "12:30",
+TEXTS = ["007", "1e3", "NA", "null", "nan", "NaN", "None", "N/A", "-", "inf", "1,000", "2020-01-02", "3/4",
+         "12:30",
          "True", "false", "0x10", "+5", "1_000", " 5 ", "#N/A", "<NA>", '"', "'7'", "5%"]
 
 
@@ -202,7 +205,8 @@ def test_a_bad_line_is_refused_with_its_file_and_number(tmp_path, line):
     ("rows.json", "5", "rows must be objects"),
     ("rows.jsonl", '[{"a": 1}]\n[{"a": 2}]\n', "Extra data: line 2"),
     ("rows.jsonl", "[" * 100_000, "recursion"), ("rows.csv", 'prompt,answer\n"a,b\n', "EOF inside string"),
-    ("rows.jsonl", jsonl(ROWS).encode("utf-16"), "utf-8"), ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "utf-8"),
+    ("rows.jsonl", jsonl(ROWS).encode("utf-16"), "utf-8"),
+    ("rows.csv", "a,b\n1,2\n".encode("utf-16"), "utf-8"),
     ("rows.jsonl", b'{"prompt": "\xe9"}\n', "utf-8"), ("rows.csv", b"prompt\n\xe9\n", "utf-8"),
     ("rows.jsonl.gz", jsonl(ROWS), "Not a gzipped file"), ("rows.parquet", "no parquet", ""),
     ("rows.txt", "text", "Couldn't find"), ("rows.tsv", "a\tb\n1\t2\n", "Couldn't find")])
@@ -212,7 +216,8 @@ def test_a_file_that_cannot_be_read_is_refused_with_its_path_and_the_reason(tmp_
     assert phrase in ("no rows", "rows must be objects") or sentence.endswith(FORMATS)
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "missing.json.gz", "missing.csv", "missing.parquet", "no/where"])
+@pytest.mark.parametrize("name",
+                         ["missing.jsonl", "missing.json.gz", "missing.csv", "missing.parquet", "no/where"])
 def test_a_missing_file_is_refused_with_its_path_and_the_formats(tmp_path, name):
     sentence = refusal(ppo_llm.read_rows, str(tmp_path / name), "train")
     assert sentence.startswith(f"{tmp_path / name}: ") and sentence.endswith(FORMATS)
@@ -238,12 +243,14 @@ def test_a_folder_that_is_no_data_set_or_lacks_the_split_is_refused(tmp_path):
 
 
 def test_the_types_of_parquet_become_plain_text(tmp_path, tokenizer):
-    answers = {"date": datetime.date(2020, 1, 2), "flag": True, "count": 18, "big": 2**62, "part": 0.1, "gap": None}
+    answers = {"date": datetime.date(2020, 1, 2), "flag": True, "count": 18, "big": 2**62, "part": 0.1,
+               "gap": None}
     row = {"prompt": "a", "turns": [USER, ASSISTANT]} | answers
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
     rows = ppo_llm.read_rows(str(tmp_path / "rows.parquet"), "train")
     found = {name: example_of(rows[0], tokenizer, answer_column=name).answer for name in answers}
-    assert found == {"date": "2020-01-02", "flag": "true", "count": "18", "big": str(2**62), "part": "0.1", "gap": ""}
+    assert found == {"date": "2020-01-02", "flag": "true", "count": "18", "big": str(2**62), "part": "0.1",
+                     "gap": ""}
     assert example_of(rows[0], tokenizer, prompt_column="turns").answer == "Yes?"
 
 
@@ -300,12 +307,14 @@ def test_a_hub_that_cannot_be_reached_is_the_users_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("columns", "flags", "expected"), [
-    (["question", "answer"], {}, ("question", "answer")), (["id", "prompt", "answer"], {}, ("prompt", "answer")),
+    (["question", "answer"], {}, ("question", "answer")),
+    (["id", "prompt", "answer"], {}, ("prompt", "answer")),
     (["instruction", "input", "output"], {}, ("instruction", "output")),
     (["messages", "answer"], {}, ("messages", "answer")), (["prompt"], {}, ("prompt", "")),
     (["conversations", "ground_truth"], {}, ("conversations", "ground_truth")),
     (["instruction", "input"], {}, ("instruction", "")),
-    (["question", "answer", "a text", "label"], {"prompt_column": "a text", "answer_column": "label"}, ("a", "label")),
+    (["question", "answer", "a text", "label"], {"prompt_column": "a text", "answer_column": "label"},
+     ("a", "label")),
     (["prompt", "label"], {"answer_column": "label"}, ("prompt", "label"))])
 def test_the_columns_of_every_known_format_are_found(tokenizer, columns, flags, expected):
     example = example_of({name: name for name in columns}, tokenizer, **flags)
@@ -313,17 +322,20 @@ def test_the_columns_of_every_known_format_are_found(tokenizer, columns, flags, 
 
 
 @pytest.mark.parametrize(("columns", "flags", "sentence"), [
-    (["text", "label"], {}, "no column question, instruction, prompt, messages, conversations; there are text, label:"
+    (["text", "label"], {},
+     "no column question, instruction, prompt, messages, conversations; there are text, label:"
      " choose one with --prompt_column"),
     (["prompt", "answer"], {"prompt_column": "text"}, "there is no column 'text'; there are prompt, answer"),
-    (["prompt", "answer"], {"answer_column": "label"}, "there is no column 'label'; there are prompt, answer")])
+    (["prompt", "answer"], {"answer_column": "label"},
+     "there is no column 'label'; there are prompt, answer")])
 def test_an_unknown_column_is_refused_with_the_columns_there_are(tokenizer, columns, flags, sentence):
     rows = [{name: name for name in columns}]
     assert refusal(examples_of, rows, tokenizer, **flags) == f"SOURCE: {sentence}"
 
 
 def test_the_columns_are_those_of_all_rows_and_missing_answers_are_counted(tokenizer, capsys):
-    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "2"}, {"answer": "3", "prompt": "c"}, {"prompt": "d", "answer": None}]
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": "2"}, {"answer": "3", "prompt": "c"},
+            {"prompt": "d", "answer": None}]
     assert [example.answer for example in examples_of(rows, tokenizer)] == ["", "2", "3", ""]
     assert capsys.readouterr().err == (
         "warning: SOURCE: 2 of 4 rows have no answer (there are prompt, answer): the reward gets empty ones\n")
@@ -368,14 +380,17 @@ def test_a_gsm8k_question_gets_verls_instruction_after_one_space(tokenizer):
     assert example.answer == "4"
 
 
-@pytest.mark.parametrize("row", [{"prompt": "Hi"}, {"instruction": "Hi"}, {"messages": [USER]}, {"question": [USER]}])
+@pytest.mark.parametrize("row",
+                         [{"prompt": "Hi"}, {"instruction": "Hi"}, {"messages": [USER]},
+                          {"question": [USER]}])
 def test_only_a_question_in_text_gets_the_gsm8k_instruction(tokenizer, row):
     example = example_of(row | {"answer": "1"}, tokenizer, reward="gsm8k")
     assert example.text == "Hi"
 
 
 @pytest.mark.parametrize(("answer", "expected"), [
-    ("5 + 5 = 10\n#### 10", "10"), ("#### 1,234", "1234"), ("#### 1,234,567\n", "1234567"), ("####  -3 ", "-3"),
+    ("5 + 5 = 10\n#### 10", "10"), ("#### 1,234", "1234"), ("#### 1,234,567\n", "1234567"),
+    ("####  -3 ", "-3"),
     ("#### 1\n#### 2", "2"), ("18", "18"), (18, "18"), (2.5, "2.5"), ("1,000", "1000"), (0, "0")])
 def test_the_gsm8k_reward_gets_the_number_after_the_mark(tokenizer, answer, expected):
     assert example_of({"prompt": "Hi", "answer": answer}, tokenizer, reward="gsm8k").answer == expected
@@ -408,7 +423,8 @@ def test_the_ground_truth_of_verl_rows_is_the_answer(tokenizer, row, capsys):
     (["32", "32 legs"], "list"), ([], "list"), ([["32"]], "list"), ({"value": "32"}, "dict"), ({}, "dict"),
     ({"ground_truth": ["32"]}, "list"), (b"32", "bytes")])
 def test_an_answer_that_is_not_text_or_a_number_is_refused_with_its_row(tokenizer, answer, kind):
-    sentence = refusal(examples_of, [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": answer}], tokenizer)
+    sentence = refusal(examples_of, [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": answer}],
+                       tokenizer)
     assert sentence.startswith("SOURCE: row 2, ")
     assert f"the answer is a {kind}, not text or a number" in sentence
 
@@ -422,7 +438,8 @@ def test_an_answer_that_is_not_text_or_a_number_is_refused_with_its_row(tokenize
     ({"instruction": "Say something.", "input": ""}, "Say something."),
     ({"instruction": "Say something.", "input": None}, "Say something."),
     ({"instruction": "Say something."}, "Say something."), ({"prompt": "Hi"}, "Hi"),
-    ({"prompt": "Hi", "input": "unused"}, "Hi"), ({"prompt": " Hi\n"}, " Hi\n"), ({"messages": [USER]}, "Hi")])
+    ({"prompt": "Hi", "input": "unused"}, "Hi"), ({"prompt": " Hi\n"}, " Hi\n"),
+    ({"messages": [USER]}, "Hi")])
 def test_only_an_instruction_gets_its_input_and_no_text_is_changed(tokenizer, row, text):
     example = example_of(row, tokenizer)
     assert example.text == text
@@ -431,7 +448,8 @@ def test_only_an_instruction_gets_its_input_and_no_text_is_changed(tokenizer, ro
 
 @pytest.mark.parametrize("column", ["messages", "prompt", "conversations"])
 def test_chat_messages_are_kept_as_they_are(tokenizer, column):
-    messages = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, {"role": "user", "content": "Bye"}]
+    messages = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT,
+                {"role": "user", "content": "Bye"}]
     example = example_of({column: messages, "answer": "1"}, tokenizer)
     assert tokenizer.decode(example.prompt) == "[ system ] Be brief. [ user ] Hi [ assistant ] Yes? [ user ] Bye > "
     assert example.text == "Bye" and example.messages == messages
@@ -464,12 +482,15 @@ def test_text_parts_of_a_content_are_joined(tokenizer):
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
-TOOL = {"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+TOOL = {"role": "assistant", "content": "Let me look.",
+        "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
 
 
 @pytest.mark.parametrize("content", [
-    [{"type": "text", "text": "What is it?"}, PICTURE], [PICTURE], [{"type": "image"}, {"type": "text", "text": "a"}],
-    [{"type": "text", "text": None}], [{"text": "a"}], ["a"], [["a"]], [], {"type": "text", "text": "a"}, 7, None,
+    [{"type": "text", "text": "What is it?"}, PICTURE], [PICTURE],
+    [{"type": "image"}, {"type": "text", "text": "a"}],
+    [{"type": "text", "text": None}], [{"text": "a"}], ["a"], [["a"]], [], {"type": "text", "text": "a"}, 7,
+    None,
     "", " \n"])
 def test_a_content_that_is_not_text_alone_is_refused_with_its_row_never_read_in_part(tokenizer, content):
     rows = [{"messages": [USER]}, {"messages": [{"role": "user", "content": content}]}]
@@ -477,7 +498,8 @@ def test_a_content_that_is_not_text_alone_is_refused_with_its_row_never_read_in_
 
 
 @pytest.mark.parametrize("turns", [
-    [USER, TOOL, {"role": "tool", "content": "4"}], [USER, TOOL | {"content": None}, {"role": "tool", "content": "4"}]])
+    [USER, TOOL, {"role": "tool", "content": "4"}],
+    [USER, TOOL | {"content": None}, {"role": "tool", "content": "4"}]])
 def test_turns_that_call_tools_are_refused_because_the_call_would_be_lost(tokenizer, turns):
     assert "calls tools" in refusal(examples_of, [{"messages": turns}], tokenizer)
 
@@ -493,8 +515,10 @@ def test_a_conversation_without_a_turn_to_answer_is_refused(tokenizer, turns):
 
 
 @pytest.mark.parametrize("prompt", [
-    "", "  \n", None, 7, ["Hi"], [["Hi"]], {"role": "user"}, float("nan"), [{"role": "user"}], [{"content": "Hi"}],
-    [{"role": "", "content": "Hi"}], [{"role": "user", "content": ""}], [{"role": "system", "content": ""}, USER]])
+    "", "  \n", None, 7, ["Hi"], [["Hi"]], {"role": "user"}, float("nan"), [{"role": "user"}],
+    [{"content": "Hi"}],
+    [{"role": "", "content": "Hi"}], [{"role": "user", "content": ""}],
+    [{"role": "system", "content": ""}, USER]])
 def test_a_row_without_text_or_role_is_refused_with_its_number_and_column(tokenizer, prompt):
     rows = [{"prompt": "Hi"}, {"prompt": "Ho"}, {"prompt": prompt}]
     sentence = refusal(examples_of, rows, tokenizer)
@@ -516,7 +540,8 @@ def test_an_empty_system_prompt_is_none(tokenizer):
     (STRICT, {"prompt": "a"}, {"system_prompt": "S"}, "System role not supported"),
     (STRICT, {"messages": [{"role": "system", "content": "S"}, USER]}, {}, "System role not supported"),
     (STRICT, {"messages": [USER, USER]}, {}, "roles must alternate"),
-    ("{{ messages[0].nothing.at_all }}", {"prompt": "a"}, {}, "nothing"), ("{{ ", {"prompt": "a"}, {}, "template"),
+    ("{{ messages[0].nothing.at_all }}", {"prompt": "a"}, {}, "nothing"),
+    ("{{ ", {"prompt": "a"}, {}, "template"),
     ("{# writes nothing #}", {"prompt": "a"}, {}, "the prompt has no tokens"),
     (CHAT, {"prompt": "\ud83d"}, {}, "TypeError"), (None, {"prompt": "a\udc00"}, {}, "TypeError")])
 def test_what_the_template_or_the_tokenizer_refuses_is_a_sentence_with_the_row(template, row, flags, reason):
@@ -554,7 +579,8 @@ def test_without_a_template_the_prompt_is_the_text_with_bos_and_without_eos(eos)
     messages = [{"role": "system", "content": "Be"}, USER]
     text = tokenizer("Be\nHi", add_special_tokens=False).input_ids
     assert ppo_llm.render(messages, tokenizer, is_prompt=True) == [0, *text]
-    assert ppo_llm.render(messages, tokenizer, is_prompt=False) == [0, *text, 1]  # what a reward model reads has ended
+    assert ppo_llm.render(messages, tokenizer, is_prompt=False) == [0, *text,
+                                                                    1]  # what a reward model reads has ended
 
 
 def test_a_changed_template_changes_the_prompts_at_once(tokenizer):
@@ -699,7 +725,8 @@ def test_the_incomplete_last_batch_of_an_epoch_is_left_out():
     order = epoch_of(23, 6, 0)
     assert len(order) == 18 == len(set(order))
     assert set(order) < set(range(23))
-    assert set().union(*(epoch_of(23, 6, epoch) for epoch in range(10))) == set(range(23))  # not always the same
+    assert set().union(*(epoch_of(23, 6,
+                                  epoch) for epoch in range(10))) == set(range(23))  # not always the same
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
@@ -735,7 +762,8 @@ def test_the_hash_of_the_first_prompt_tells_days_and_data_apart(monkeypatch):
     rows = [{"prompt": "Hi", "answer": "1"}]
     day, next_day = (DATED.replace("strftime_now('%d %B %Y')", f"'{day}'") for day in ("26 July", "27 July"))
     assert Plan().hash_of(day, rows) == Plan().hash_of(day, rows * 2)
-    assert len({Plan().hash_of(day, rows), Plan().hash_of(next_day, rows), Plan().hash_of(day, [{"prompt": "Ho"}])}) == 3
+    assert len({Plan().hash_of(day, rows), Plan().hash_of(next_day, rows),
+                Plan().hash_of(day, [{"prompt": "Ho"}])}) == 3
     assert re.fullmatch("[0-9a-f]{64}", Plan().hash_of(DATED, rows))
 
 
@@ -747,15 +775,18 @@ def dated_run(folder, tmp_path_factory, no_figures) -> Config:
     return config
 
 
-def test_a_checkpoint_holds_the_hash_and_another_first_prompt_is_said(dated_run, tmp_path, folder, capsys, no_figures):
+def test_a_checkpoint_holds_the_hash_and_another_first_prompt_is_said(dated_run, tmp_path, folder, capsys,
+                                                                      no_figures):
     state = json.loads(Path(dated_run.output_dir, "checkpoints", "step_1", "state.json").read_text())
     assert re.fullmatch("[0-9a-f]{64}", state["first_prompt"])
-    again = dataclasses.replace(dated_run, output_dir=str(tmp_path / "again"), resume=dated_run.output_dir, total_steps=2)
+    again = dataclasses.replace(dated_run, output_dir=str(tmp_path / "again"), resume=dated_run.output_dir,
+                                total_steps=2)
     ppo_llm.main(again)
     assert "first prompt is not" not in capsys.readouterr().err
     rows = read(tmp_path / "rows.jsonl", jsonl([{"prompt": x, "answer": "e"} for x in "bcdefghi"]))
     assert len(rows) == 8
-    other = dataclasses.replace(again, output_dir=str(tmp_path / "other"), dataset=str(tmp_path / "rows.jsonl"))
+    other = dataclasses.replace(again, output_dir=str(tmp_path / "other"),
+                                dataset=str(tmp_path / "rows.jsonl"))
     ppo_llm.main(other)
     assert "warning: the first prompt is not what it was: other data, or a chat template that writes the date\n" in (
         capsys.readouterr().err)

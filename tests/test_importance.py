@@ -18,7 +18,7 @@ import ppo_llm
 
 
 def shifted(model, prompts, stop_ids, config, generator):
-    """The built-in rollout, which says that it sampled tokens 0, 1, 2, 3 of 4 with p / 4, p / 1.5, p and 2 p."""
+    """The built-in rollout, which says that its tokens 0, 1, 2, 3 of 4 had p / 4, p / 1.5, p and 2 p."""
     responses, logprobs = ppo_llm.generate(model, prompts, stop_ids, config, generator)
     shifts = torch.tensor([0.25, 1 / 1.5, 1.0, 2.0]).log()
     shifted = [x + shifts[torch.tensor(response) % 4] for x, response in zip(logprobs, responses)]
@@ -57,7 +57,7 @@ def expected_weights(rollout) -> torch.Tensor:
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # The formula.
 
 
@@ -95,7 +95,7 @@ def test_a_cap_that_is_not_positive_is_refused(cap):
         ppo_llm.check_config(ppo_llm.Config(rollout_is_cap=cap))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # A rollout hook whose log-probs are shifted.
 
 
@@ -154,7 +154,8 @@ def test_only_the_policy_loss_is_weighted_and_off_the_policy_it_is_the_clipped_o
         x = getattr(rollout, name)
         setattr(rollout, name, x + torch.randn(x.shape, generator=noise) * rollout.mask)
     weighted, logged = ppo_loss("actor", models, rollout, 0.3, config)
-    plain, logged_plain = ppo_loss("actor", models, dataclasses.replace(rollout, is_weights=None), 0.3, config)
+    without = dataclasses.replace(rollout, is_weights=None)
+    plain, logged_plain = ppo_loss("actor", models, without, 0.3, config)
 
     ratio = (forward(models.actor.model, rollout, config)["logprobs"] - rollout.old_logprobs).exp()
     advantages = rollout.advantages
@@ -162,7 +163,8 @@ def test_only_the_policy_loss_is_weighted_and_off_the_policy_it_is_the_clipped_o
     loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
     weights = expected_weights(rollout)
     inside = rollout.mask > 0
-    torch.testing.assert_close((weighted - plain)[inside], ((weights - 1) * loss)[inside], atol=1e-4, rtol=1e-4)
+    difference = (weighted - plain)[inside]
+    torch.testing.assert_close(difference, ((weights - 1) * loss)[inside], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logged["policy/loss"][inside], (weights * loss)[inside], atol=1e-4, rtol=1e-4)
     for name in logged.keys() - {"policy/loss"}:
         assert torch.equal(logged[name], logged_plain[name]), name
@@ -208,7 +210,7 @@ def test_a_run_through_the_hook_logs_the_weights_and_says_that_the_gap_is_large(
     assert "the rollout is not of the policy that is trained" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # bf16, and the built-in rollout in fp32.
 
 

@@ -97,7 +97,8 @@ def test_after_training_the_trunk_without_adapters_is_still_the_reference(folder
     before = score_tokens(models.reference, rollout, config)["logprobs"]
     take_steps(models, config, 2)
     assert torch.equal(score_tokens(models.reference, rollout, config)["logprobs"], before)
-    assert not torch.allclose(score_tokens(models.actor.model, rollout, config)["logprobs"], before, atol=1e-3)
+    trained = score_tokens(models.actor.model, rollout, config)["logprobs"]
+    assert not torch.allclose(trained, before, atol=1e-3)
     assert collect(models, config)[1]["reward/kl"].item() != 0
 
 
@@ -278,8 +279,11 @@ def one_step_run(folder, tmp_path_factory, no_figures):
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"lora_rank": None}, "lora_rank 4, not None"), ({"lora_rank": 8}, "lora_rank 4, not 8"),
     ({"lora_alpha": 3.0}, "lora_alpha None, not 3.0"), ({"lora_target": "q_proj"}, "lora_target all-linear, not"),
-    ({"critic": "separate"}, "critic shared, not separate")])
-def test_another_adapter_than_the_checkpoints_is_refused(one_step_run, folder, tmp_path, no_figures, change, sentence):
+    ({"critic": "separate"}, "critic shared, not separate"), ({"model": None}, "model ")])
+def test_another_adapter_or_model_than_the_checkpoints_is_refused(
+        one_step_run, folder, flat_folder, tmp_path, no_figures, change, sentence):
+    if "model" in change:
+        change = {"model": str(flat_folder)}
     config = make_config(folder, total_steps=1, **LORA | {"critic": "shared"})
     changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), **change, resume=str(one_step_run))
     with pytest.raises(UsageError, match=f"was made with {sentence}"):
@@ -297,7 +301,8 @@ def test_what_cannot_work_is_refused(flags, sentence):
 
 @pytest.mark.parametrize("target", ["nonsense", "q_proj, v_prj", "q_proj,lm_head", ""])
 def test_a_target_that_is_no_layer_or_the_output_head_is_refused_by_name(folder, target):
-    with pytest.raises(UsageError, match=f"lora_target '{target.split(',')[-1].strip()}': no layer has this name"):
+    wrong = target.split(",")[-1].strip()
+    with pytest.raises(UsageError, match=f"lora_target '{wrong}': no layer has this name"):
         make_models(make_config(folder, lora_target=target, **LORA))
 
 

@@ -37,7 +37,8 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = tokenizers.decoders.ByteLevel()
     core.add_special_tokens(["<pad>", "<|endoftext|>", "<bot>"])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<pad>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>",
+                                                pad_token="<pad>")
     fast.chat_template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}<|endoftext|>{% endfor %}"
     return fast
 
@@ -73,7 +74,8 @@ def test_two_tokenizers_give_the_same_text_other_ids_so_raw_ids_would_be_seen(tm
     other = make_tokenizer()
     other.chat_template = word_tokenizer().chat_template
     save_reward_model(tmp_path / "b", other)
-    first, second = (score(ppo_llm.load_reward(Config(reward=str(tmp_path / x), device="cpu")), TALKS)[0] for x in "ab")
+    first, second = (score(ppo_llm.load_reward(Config(reward=str(tmp_path / x), device="cpu")),
+                           TALKS)[0] for x in "ab")
     assert not torch.allclose(first, second, atol=1e-3)
 
 
@@ -90,7 +92,8 @@ def test_scores_do_not_depend_on_batches(tmp_path, budget):
 
 
 ENCODERS = {
-    "bert": {}, "deberta-v2": {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"],
+    "bert": {},
+    "deberta-v2": {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"],
                                "position_buckets": 8, "max_relative_positions": -1, "share_att_key": True,
                                "norm_rel_ebd": "layer_norm", "pooler_hidden_size": 32},
     "roberta": {"pad_token_id": 0, "type_vocab_size": 1}, "modernbert": {"local_attention": 8}}
@@ -115,7 +118,8 @@ def test_what_is_too_long_loses_its_beginning_and_is_counted(tmp_path):
     tokenizer.model_max_length = 12
     model = save_reward_model(tmp_path, tokenizer)
     model.config.pad_token_id = None
-    talks = [([{"role": "user", "content": "abcdefghijkl"}], "mnop"), ([{"role": "user", "content": "a"}], "b")]
+    talks = [([{"role": "user", "content": "abcdefghijkl"}], "mnop"),
+             ([{"role": "user", "content": "a"}], "b")]
     scores, metrics = score(ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu")), talks)
     ids = tokenizer("uabcdefghijkl<|endoftext|>amnop<|endoftext|>").input_ids[-12:]
     with torch.no_grad():
@@ -178,7 +182,8 @@ def test_a_critic_that_knows_fewer_tokens_than_the_policy_is_refused(tmp_path, f
 def test_a_lora_folder_is_refused_with_where_the_merge_command_is(tmp_path, folder, flag):
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "SEQ_CLS"}')
     config = make_config(folder, **{flag: str(tmp_path)})
-    with pytest.raises(UsageError, match="is a LoRA adapter: merge it first .docs/reward_models.md has the command"):
+    with pytest.raises(UsageError,
+                       match="is a LoRA adapter: merge it first .docs/reward_models.md has the command"):
         ppo_llm.load_tokenizer(config)
         ppo_llm.load_reward(config)
 
@@ -216,8 +221,10 @@ def test_an_encoder_decoder_is_refused(tmp_path):
 
 def test_a_run_with_a_reward_model_logs_scores_and_truncations(tmp_path, folder, no_figures):
     save_reward_model(tmp_path / "rm", word_tokenizer())
-    config = make_config(folder, reward=str(tmp_path / "rm"), critic_model=str(tmp_path / "rm"), total_steps=2,
-                         eval_dataset=str(folder / "prompts.jsonl"), eval_every=1, output_dir=str(tmp_path / "run"))
+    config = make_config(folder, reward=str(tmp_path / "rm"), critic_model=str(tmp_path / "rm"),
+                         total_steps=2,
+                         eval_dataset=str(folder / "prompts.jsonl"), eval_every=1,
+                         output_dir=str(tmp_path / "run"))
     with contextlib.redirect_stdout(io.StringIO()):
         ppo_llm.main(config)
     rows = read_log(tmp_path / "run")

@@ -18,19 +18,24 @@ GSM8K_50 = Path(__file__).parent / "data" / "gsm8k_50.jsonl"
 FORMS = [  # response, answer, strict, flexible
     ("#### 42", "42", 1, 1), ("#### -5", "-5", 1, 1), ("#### 0", "0", 1, 1), ("#### 1,000", "1000", 1, 1),
     ("#### 1,450,000", "1450000", 1, 1), ("**#### 42**", "42", 1, 1), ("#### 42 apples", "42", 1, 1),
-    ("#### 42\n", "42", 1, 1), ("#### 3\nno, wait\n#### 42", "42", 1, 1), ("5 + 37 = 42\n#### 42", "42", 1, 1),
+    ("#### 42\n", "42", 1, 1), ("#### 3\nno, wait\n#### 42", "42", 1, 1),
+    ("5 + 37 = 42\n#### 42", "42", 1, 1),
     ("#### 0.5", "0.5", 1, 1), ("##### 42", "42", 1, 1), ("#### 42,", "42", 1, 1),
     ("#### 42 and 7 more words", "42", 1, 1),  # what follows the marked number does not count
     ("#### 42.", "42", 0, 1), ("#### 42.0", "42", 0, 1), ("#### 42.00", "42", 0, 1), ("#### $42", "42", 0, 1),
     ("#### $3.50", "3.5", 0, 1), ("#### -$5", "-5", 0, 1), ("#### $-5", "-5", 0, 1), ("####42", "42", 0, 1),
-    ("####  42", "42", 0, 1), ("####\n42", "42", 0, 1), ("#### 1,234.50", "1234.5", 0, 1), ("#### .5", "0.5", 0, 1),
-    ("#### 007", "7", 0, 1), ("#### 42", "42.0", 0, 1), ("#### 1,000.", "1000", 0, 1), ("#### 42%", "42", 1, 1),
-    ("It is 42.", "42", 0, 1), ("It is 42. Great, thanks", "42", 0, 1), ("42, indeed", "42", 0, 1), ("42", "42", 0, 1),
+    ("####  42", "42", 0, 1), ("####\n42", "42", 0, 1), ("#### 1,234.50", "1234.5", 0, 1),
+    ("#### .5", "0.5", 0, 1),
+    ("#### 007", "7", 0, 1), ("#### 42", "42.0", 0, 1), ("#### 1,000.", "1000", 0, 1),
+    ("#### 42%", "42", 1, 1),
+    ("It is 42.", "42", 0, 1), ("It is 42. Great, thanks", "42", 0, 1), ("42, indeed", "42", 0, 1),
+    ("42", "42", 0, 1),
     ("\\boxed{42}", "42", 0, 1), ("She pays $1,000.", "1000", 0, 1), ("3 + 4 = 7", "7", 0, 1),
     ("It is #### forty, I mean 42", "42", 0, 1), ("the change is -3 dollars", "-3", 0, 1),
     ("#### 10 * 5 = 50", "50", 0, 0), ("#### 42 ... and so #### 43", "42", 0, 0), ("42 of 50", "42", 0, 0),
     ("#### --5", "-5", 0, 0), ("#### --5", "5", 0, 0), ("no number at all", "42", 0, 0), ("", "42", 0, 0),
-    ("#### ", "42", 0, 0), ("#### .", "42", 0, 0), ("#### ,", "42", 0, 0), ("...", "42", 0, 0), ("$", "42", 0, 0),
+    ("#### ", "42", 0, 0), ("#### .", "42", 0, 0), ("#### ,", "42", 0, 0), ("...", "42", 0, 0),
+    ("$", "42", 0, 0),
     ("#### 5", "-5", 0, 0), ("#### -5", "5", 0, 0), ("#### 421", "42", 0, 0), ("#### 4 2", "42", 0, 0),
     ("#### 42", "", 0, 0), ("#### 42", "forty-two", 0, 0), ("nothing", "", 0, 0), ("#### 1/2", "0.5", 0, 0),
 ]
@@ -208,7 +213,8 @@ def test_a_reward_can_be_called_from_any_thread(tmp_path):
 @pytest.mark.parametrize(("body", "reason"), [
     ("import no_such_thing", "No module named 'no_such_thing'"), ("def score(:", "SyntaxError"),
     ("1 / 0", "ZeroDivisionError"), ("other = 3", "no attribute 'score'")])
-def test_a_reward_file_that_cannot_be_imported_shows_its_traceback_and_a_sentence(tmp_path, capsys, body, reason):
+def test_a_reward_file_that_cannot_be_imported_shows_its_traceback_and_a_sentence(tmp_path, capsys, body,
+                                                                                  reason):
     path = tmp_path / "my_reward.py"
     path.write_text(f"\n{body}\n")
     with pytest.raises(UsageError, match="cannot be loaded") as error:
@@ -237,13 +243,16 @@ def test_a_reward_that_is_no_file_and_no_model_is_refused_with_its_name():
 
 
 @pytest.mark.parametrize("returned", [
-    "[0.0, 2.0]", "(x := [0, 2])", "[False, 2]", "numpy.array([0.0, 2.0])", "numpy.array([0, 2], dtype='int8')",
+    "[0.0, 2.0]", "(x := [0, 2])", "[False, 2]", "numpy.array([0.0, 2.0])",
+    "numpy.array([0, 2], dtype='int8')",
     "torch.tensor([0.0, 2.0])", "torch.tensor([0.0, 2.0], requires_grad=True)",
     "torch.tensor([0, 2], dtype=torch.bfloat16)", "[torch.tensor(0.0), torch.tensor([2.0])]",
-    "[numpy.float32(0), fractions.Fraction(2)]", "numpy.array([0.0, 2.0]), {}", "[0, 2], {'a': numpy.ones(2)}"])
+    "[numpy.float32(0), fractions.Fraction(2)]", "numpy.array([0.0, 2.0]), {}",
+    "[0, 2], {'a': numpy.ones(2)}"])
 @torch.no_grad()
 def test_lists_arrays_and_tensors_of_numbers_are_scores(tmp_path, returned):
-    scores = scores_of(reward_of(tmp_path, f"return {returned}", "import fractions, numpy, torch"), ["", "xx"])
+    scores = scores_of(reward_of(tmp_path, f"return {returned}", "import fractions, numpy, torch"),
+                       ["", "xx"])
     assert scores.dtype == torch.float32 and not scores.requires_grad
     assert scores.tolist() == [0, 2]
 
@@ -253,7 +262,8 @@ def test_zero_is_a_score_and_so_are_booleans_and_integers(tmp_path):
     assert scores.tolist() == [0, 0, 0, 1, 7, -2] and metrics == {}
 
 
-@pytest.mark.parametrize("returned", ["[1.0]", "[1.0] * 4", "[]", "{'a': 1}", "numpy.ones(4)", "torch.ones(1)"])
+@pytest.mark.parametrize("returned",
+                         ["[1.0]", "[1.0] * 4", "[]", "{'a': 1}", "numpy.ones(4)", "torch.ones(1)"])
 def test_another_number_of_scores_is_refused_with_both_numbers(tmp_path, returned):
     sentence = refusal(reward_of(tmp_path, f"return {returned}", "import numpy, torch"), ["a", "b", "c"])
     assert re.fullmatch("the reward returned [014] numbers as 'score' for 3 responses", sentence)
@@ -265,7 +275,8 @@ def test_what_is_no_list_of_numbers_is_refused(tmp_path, returned):
     assert sentence.startswith("the reward raised TypeError(")
 
 
-@pytest.mark.parametrize("bad", ["None", "float('nan')", "float('inf')", "-float('inf')", "'1.0'", "'good'", "1e39",
+@pytest.mark.parametrize("bad",
+                         ["None", "float('nan')", "float('inf')", "-float('inf')", "'1.0'", "'good'", "1e39",
                                  "numpy.float64('nan')", "torch.tensor(float('inf'))", "numpy.str_('1')"])
 def test_a_score_that_is_no_finite_number_is_refused_with_its_row(tmp_path, bad):
     import numpy
@@ -276,7 +287,8 @@ def test_a_score_that_is_no_finite_number_is_refused_with_its_row(tmp_path, bad)
     assert sentence == f"the reward's score of row 1 is {value!r}, not a finite number"
 
 
-@pytest.mark.parametrize("array", ["numpy.array([1.0, 0.0, numpy.nan])", "torch.tensor([1.0, 0.0, float('nan')])"])
+@pytest.mark.parametrize("array",
+                         ["numpy.array([1.0, 0.0, numpy.nan])", "torch.tensor([1.0, 0.0, float('nan')])"])
 def test_arrays_and_tensors_are_searched_for_what_is_not_finite_too(tmp_path, array):
     sentence = refusal(reward_of(tmp_path, f"return {array}", "import numpy, torch"), ["a", "b", "c"])
     assert sentence.startswith("the reward's score of row 2 is ") and "nan" in sentence
@@ -287,8 +299,10 @@ def test_text_that_has_one_character_per_response_is_not_taken_for_scores(tmp_pa
 
 
 @pytest.mark.parametrize(("body", "reason"), [
-    ("return [1 / 0]", "ZeroDivisionError('division by zero')"), ("raise KeyError('a\\nb')", "KeyError('a\\nb')"),
-    ("return [10 ** 400]", "OverflowError"), ("return undefined", "NameError"), ("assert False, 'no'", "AssertionError")])
+    ("return [1 / 0]", "ZeroDivisionError('division by zero')"),
+    ("raise KeyError('a\\nb')", "KeyError('a\\nb')"),
+    ("return [10 ** 400]", "OverflowError"), ("return undefined", "NameError"),
+    ("assert False, 'no'", "AssertionError")])
 def test_a_function_that_raises_shows_its_traceback_and_then_one_sentence(tmp_path, capsys, body, reason):
     sentence = refusal(reward_of(tmp_path, body), ["a"])
     assert sentence.startswith("the reward raised ") and reason in sentence
@@ -329,7 +343,8 @@ def test_a_metric_may_be_there_for_some_batches_only(tmp_path):
 @pytest.mark.parametrize("metrics", [
     "{'m': ['a', 'b']}", "{'m': [1, None]}", "{'m': [1]}", "{'m': 3}", "{'m': [[1], 2]}", "{'kl': [9, 9]}",
     "{'kl_coef': [1, 1]}", "{'score_std': [1, 1]}", "{'standard_error': [1, 1]}", "{'a\\nb': [1, 1]}",
-    "{'': [1, 1]}", "{'a,b': [1, 1]}", "{'../x': [1, 1]}", "{'m': [1, float('nan')]}", "{3: [1, 1]}", "3", "None"])
+    "{'': [1, 1]}", "{'a,b': [1, 1]}", "{'../x': [1, 1]}", "{'m': [1, float('nan')]}", "{3: [1, 1]}", "3",
+    "None"])
 def test_a_metric_must_be_a_number_per_response_and_no_name_of_ours(tmp_path, metrics):
     assert refusal(reward_of(tmp_path, f"return [1.0, 0.0], {metrics}"), ["a", "b"]).startswith("the reward")
 

@@ -10,7 +10,17 @@ import transformers
 from conftest import collect, make_config, make_lm, make_models, read_log, save_folder, take_steps
 
 import ppo_llm
-from ppo_llm import Diverged, Learner, Rollout, forward, loss_weights, micro_batches, ppo_loss, train_mini_batch, update
+from ppo_llm import (
+    Diverged,
+    Learner,
+    Rollout,
+    forward,
+    loss_weights,
+    micro_batches,
+    ppo_loss,
+    train_mini_batch,
+    update,
+)
 
 MODES = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 FREE = ["grpo", "rloo", "rloo_vectorized", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
@@ -99,14 +109,15 @@ def test_micro_batches_change_no_gradient_and_no_metric(role, critic, kl, mode, 
     results = []
     for tokens in (16384, 1, 30, 50, 100):
         gradients.clear()
-        metrics = update(role, models, rollout, 0, 1, 0.3, dataclasses.replace(config, micro_batch_tokens=tokens))
+        smaller = dataclasses.replace(config, micro_batch_tokens=tokens)
+        metrics = update(role, models, rollout, 0, 1, 0.3, smaller)
         results.append((list(gradients), metrics))
     assert len(gradients) == 2
     check_equal(results)
 
 
 def naive_gradient(models: ppo_llm.Models, rollout: Rollout, kl_coef: float, config) -> torch.Tensor:
-    """Of policy and value head, by one left-padded pass of the whole batch and the losses as papers write them."""
+    """Of policy and value head: one left-padded pass of the whole batch, losses as papers write them."""
     model = models.actor.model
     policy = transformers.AutoModelForCausalLM.from_pretrained(config.model, attn_implementation="eager")
     head = model.value_head.weight.detach().clone().requires_grad_()
@@ -124,7 +135,8 @@ def naive_gradient(models: ppo_llm.Models, rollout: Rollout, kl_coef: float, con
     logprobs = logp.gather(-1, ids[:, widest:, None])[..., 0]
     ratio = (logprobs - rollout.old_logprobs).exp()
     surrogate = torch.minimum(rollout.advantages * ratio, rollout.advantages * ratio.clamp(0.8, 1.2))
-    bounded = torch.where(rollout.advantages < 0, torch.maximum(surrogate, 3.0 * rollout.advantages), surrogate)
+    lowest = torch.maximum(surrogate, 3.0 * rollout.advantages)
+    bounded = torch.where(rollout.advantages < 0, lowest, surrogate)
     entropy = -(logp.exp() * logp).sum(-1)
     kl = 0.5 * (logprobs - rollout.ref_logprobs).square()
     moved = rollout.old_values + (values - rollout.old_values).clamp(-0.5, 0.5)
@@ -136,8 +148,9 @@ def naive_gradient(models: ppo_llm.Models, rollout: Rollout, kl_coef: float, con
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_is_that_of_a_naive_padded_step(temperature, folder, gradients):
-    config = make_config(folder, train_batch_size=16, ppo_mini_batch_size=16, critic="shared", entropy_coeff=0.1,
-                         use_kl_loss=True, kl_loss_type="k2", micro_batch_tokens=50, temperature=temperature)
+    config = make_config(
+        folder, train_batch_size=16, ppo_mini_batch_size=16, critic="shared", entropy_coeff=0.1, use_kl_loss=True,
+        kl_loss_type="k2", micro_batch_tokens=50, temperature=temperature)
     models = make_models_with_values(config)
     rollout = stale(collect(models, config)[0])
     update("actor", models, rollout, 0, 1, 0.3, config)
@@ -229,19 +242,21 @@ def test_entropy_lowers_the_loss_and_value_errors_raise_it_by_their_coefficients
     losses = {}
     for name, changes in (("plain", {}), ("entropy", {"entropy_coeff": 0.1}), ("values", {"vf_coef": 0.3})):
         losses[name] = ppo_loss("actor", models, rollout, 0.0, dataclasses.replace(config, **changes))[0]
-    torch.testing.assert_close(losses["plain"] - losses["entropy"], 0.1 * outputs["entropy"], atol=1e-5, rtol=1e-4)
+    gain = losses["plain"] - losses["entropy"]
+    torch.testing.assert_close(gain, 0.1 * outputs["entropy"], atol=1e-5, rtol=1e-4)
     squares = 0.5 * (outputs["values"] - rollout.returns).square()
     torch.testing.assert_close(losses["values"] - losses["plain"], 0.3 * squares, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("tokens", "needed"), [
-    (10**6, 7),  # 2 | 3 | 4 5 | 8 10 | 13 15 | 19 | 26: within a group the longest is at most 1.25 times the shortest
+    (10**6, 7),  # 2 | 3 | 4 5 | 8 10 | 13 15 | 19 | 26: the longest is at most 1.25 times the shortest
     (20, 8), (19, 9), (1, 10)])
 def test_micro_batches_hold_every_row_once_within_both_limits(tokens, needed):
     lengths = [3, 18, 7, 12, 2, 25, 9, 1, 14, 4]
     mask = torch.ones(10, 1)
     rollout = Rollout([[5] * n for n in lengths], [[7]] * 10, mask, mask)
-    groups = [rows for rows, part in micro_batches(list(range(10)), rollout, ppo_llm.Config(micro_batch_tokens=tokens))]
+    config = ppo_llm.Config(micro_batch_tokens=tokens)
+    groups = [rows for rows, part in micro_batches(list(range(10)), rollout, config)]
     assert sorted(sum(groups, [])) == list(range(10))
     for rows in groups:
         longest = max(lengths[i] + 1 for i in rows)
@@ -294,7 +309,9 @@ def test_exactly_the_positions_that_choose_a_response_token_get_a_gradient(respo
     part.old_logprobs = forward(policy, part, config)["logprobs"].detach()
     (ppo_loss("actor", models, part, 0.0, config)[0] * mask).sum().backward()
     found = (seen[-1].grad.abs().sum(-1) > 0).nonzero().tolist()
-    assert found == [[0, 2 + t] for t in range(len(responses[0]))] + [[1, t] for t in range(len(responses[1]))]
+    first = [[0, 2 + t] for t in range(len(responses[0]))]
+    second = [[1, t] for t in range(len(responses[1]))]
+    assert found == first + second
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -519,7 +536,8 @@ def noisy_folder(request, tmp_path_factory):
 def test_dropout_and_router_noise_of_the_config_stay_off_in_training(critic, noisy_folder, gradients):
     results = []
     for checkpointing in (False, True):
-        config = make_config(noisy_folder, ppo_mini_batch_size=8, critic=critic, gradient_checkpointing=checkpointing)
+        config = make_config(
+            noisy_folder, ppo_mini_batch_size=8, critic=critic, gradient_checkpointing=checkpointing)
         models = make_models_with_values(config)
         rollout, metrics = collect(models, config)
         assert abs(metrics["reward/kl"].item()) < 1e-6
