@@ -240,10 +240,9 @@ ONE = {"ppo": PPO, "grpo": GRPO, "lora": LORA, "ppo-bf16": PPO | BF16, "grpo-bf1
        "hard": PPO | {"train_batch_size": 8, "ppo_mini_batch_size": 2, "ppo_epochs": 1}}
 HARD = [{"early_stop_kl": 1e-9}, {"poison": True}, {}]  # a gradient is dropped, a step skipped, then all goes on
 TWO = [(f"{name}-{layout}", name, layout) for name, layouts in {
-    "ppo": ["zero0", "zero2", "zero3"], "grpo": ["zero0", "zero2", "zero3"], "ppo-bf16": ["zero2", "zero3"],
-    "grpo-bf16": ["zero2", "zero3"], "lora": ["zero0", "zero2", "zero3"], "lora-bf16": ["zero2", "zero3"],
-    "shared": ["zero2", "zero3"], "recomputed": ["zero2", "zero3"], "held-out": ["zero2"],
-    "hard": LAYOUTS}.items() for layout in layouts]
+    "ppo": ["zero0", "zero2", "zero3"], "grpo": ["zero0", "zero2", "zero3"], "lora": ["zero0", "zero2", "zero3"],
+    "ppo-bf16": ["zero2"], "grpo-bf16": ["zero3"], "lora-bf16": ["zero2"], "shared": ["zero2", "zero3"],
+    "recomputed": ["zero3"], "held-out": ["zero2"], "hard": LAYOUTS}.items() for layout in layouts]
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +265,7 @@ def updates(tmp_path_factory, forks, stuck) -> Path:
     with pytest.MonkeyPatch.context() as patch:  # the head's chunks are small in both
         patch.setattr(ppo_llm, "LOGITS_PER_CHUNK", ppo_llm.LOGITS_PER_CHUNK)
         multigpu_worker.run_cases(ppo_llm, copy.deepcopy(list(cases.values())), folder / "one")
-    assert ranks.wait(300) == [0, 0], ranks.text()
+    assert ranks.wait(900) == [0, 0], ranks.text()
     return folder
 
 
@@ -360,7 +359,7 @@ def runs(tmp_path_factory, forks, data, no_figures) -> Path:
            {"run": "bf16", "dtype": "bfloat16", "total_steps": 1, "eval_every": 0}]
     (folder / "cases.json").write_text(json.dumps([{"name": "runs", "runs": [settings | changes for changes in two]}]))
     ranks = Ranks(forks, folder)
-    assert ranks.wait(300) == [0, 0], ranks.text()
+    assert ranks.wait(900) == [0, 0], ranks.text()
     multigpu_worker.run_cases(ppo_llm, [{"name": "one", "runs": [settings | {"run": "again", "resume": own}]}], folder)
     return folder
 
@@ -451,7 +450,7 @@ def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path, da
     launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
     flags = f"""--model {DEMO} --dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
         --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
-    done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=300, capture_output=True,
+    done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=900, capture_output=True,
                           text=True, env=os.environ | environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1] and done.stdout.count("  1/1  ") == 1
@@ -495,7 +494,7 @@ def test_two_hosts_without_ssh_run_the_demo(hosts, tmp_path, data):
          *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | environment(GLOO_SOCKET_IFNAME=cable)) for i, (name, cable) in enumerate(hosts)]
     try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -543,7 +542,7 @@ def stuck(forks, data, tmp_path_factory) -> Ranks:
 @launched
 def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(forks, data, tmp_path):
     ranks = start(forks, data, tmp_path, wait="rank == '1'")
-    ranks.wait_for(tmp_path / "scoring1_0", 60)
+    ranks.wait_for(tmp_path / "scoring1_0", 300)
     ranks.processes[1].kill()
     assert ranks.wait(60) == [1, -signal.SIGKILL]
     assert "rank 0 failed in collect_rollout" in ranks.text()
@@ -576,7 +575,7 @@ def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, 
 @launched
 def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ranks_goes_on(forks, data, tmp_path):
     ranks = start(forks, data, tmp_path, wait="not (here / 'go').exists()")
-    ranks.wait_for(tmp_path / "scoring1_0", 60)
+    ranks.wait_for(tmp_path / "scoring1_0", 300)
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     time.sleep(0.5)
     (tmp_path / "go").touch()
@@ -591,7 +590,7 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ra
 
 @launched
 def test_when_a_rank_is_stuck_all_end_at_the_deadline_and_show_where(stuck):
-    assert stuck.wait(120) == [1, 1]
+    assert stuck.wait(300) == [1, 1]
     assert "rank 0 failed in collect_rollout" in stuck.text()
     text = stuck.outputs[1].read_text()
     assert "in reward" in text and "in collect_rollout" in text
