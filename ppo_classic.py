@@ -231,9 +231,10 @@ def make_envs(c: Config, num_envs: int, evaluation: bool = False) -> VectorEnv:
             importlib.import_module(module)
         if options or (c.vectorization == "auto" and gym.spec(env_id).vector_entry_point):
             return gym.make_vec(env_id, num_envs, "vector_entry_point", **options)
-        mode = "async" if c.vectorization == "async" else "sync"
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # async: its processes inherit this
-        envs = gym.make_vec(env_id, num_envs, mode, {"copy": False}, [flatten])  # we copy what we keep
+        if c.vectorization != "async":
+            return gym.make_vec(env_id, num_envs, "sync", {"copy": False}, [flatten])  # we copy what we keep
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this
+        envs = gym.make_vec(env_id, num_envs, "async", {"copy": False}, [flatten])
         signal.signal(signal.SIGINT, handler)
         return envs
     except Exception as error:  # whatever is wrong with it, the user can only install or choose another
@@ -296,9 +297,10 @@ class Categorical(nn.Module):
         self.space = space
         sizes = np.ravel(space.n if isinstance(space, Discrete) else space.nvec)
         ends = np.cumsum(sizes)
+        first = ends - sizes  # logit of each component
         self.num_outputs = int(ends[-1])
-        self.blocks = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
-        self.register_buffer("first", torch.from_numpy(ends - sizes))  # logit of each component
+        self.blocks = [slice(*bounds) for bounds in zip(first, ends, strict=True)]
+        self.register_buffer("first", torch.from_numpy(first))
 
     def sample(self, logits: ndarray, rng: Generator | None) -> ndarray:
         """Actions [rows, C] by the Gumbel-max rule; without rng, the likeliest ones."""
@@ -308,13 +310,16 @@ class Categorical(nn.Module):
         return np.concatenate(chosen, 1)
 
     def to_env(self, actions: ndarray) -> ndarray:
-        return (actions + self.space.start).reshape(-1, *self.space.shape)
+        actions = actions + self.space.start
+        return actions.reshape(-1, *self.space.shape)
 
     def evaluate(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies in nats, [rows]."""
-        logprobs = torch.cat([logits[:, block].log_softmax(1) for block in self.blocks], 1)
+        blocks = [logits[:, block].log_softmax(1) for block in self.blocks]
+        logprobs = torch.cat(blocks, 1)
         chosen = logprobs.gather(1, actions + self.first)
-        return chosen.sum(1), -(logprobs.exp() * logprobs).sum(1)
+        entropy = -(logprobs.exp() * logprobs).sum(1)
+        return chosen.sum(1), entropy
 
 
 class Gaussian(nn.Module):
@@ -343,25 +348,33 @@ class Gaussian(nn.Module):
         if rng is None:
             return mean
         noise = rng.standard_normal(mean.shape).astype(np.float32)
-        return mean + np.exp(self.log_std.detach().cpu().numpy()) * noise
+        log_std = self.log_std.detach().cpu().numpy()
+        return mean + np.exp(log_std) * noise
 
     def to_env(self, actions: ndarray) -> ndarray:
-        actions = actions.reshape(-1, *self.space.shape) * self.scale + self.centre
-        return actions.clip(self.space.low, self.space.high).astype(self.space.dtype)
+        actions = actions.reshape(-1, *self.space.shape)
+        actions = actions * self.scale + self.centre
+        actions = actions.clip(self.space.low, self.space.high)
+        return actions.astype(self.space.dtype)
 
     def evaluate(self, mean: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies in nats, [rows]."""
         z = (actions - mean) / self.log_std.exp()
         constant = self.log_std.sum() + 0.5 * self.num_outputs * math.log(2 * math.pi)
+        logprobs = -0.5 * z.square().sum(1) - constant
         entropy = constant + 0.5 * self.num_outputs
-        return -0.5 * z.square().sum(1) - constant, entropy.expand(len(z))
+        return logprobs, entropy.expand(len(z))
 
 
 def build_body(space: Box, size: int) -> nn.Sequential:
     """Two tanh layers, or the CNN of Mnih et al. (2015); `size` outputs."""
     if not is_image(space):
-        inputs = math.prod(space.shape)
-        return nn.Sequential(nn.Linear(inputs, size), nn.Tanh(), nn.Linear(size, size), nn.Tanh())
+        return nn.Sequential(
+            nn.Linear(math.prod(space.shape), size),
+            nn.Tanh(),
+            nn.Linear(size, size),
+            nn.Tanh(),
+        )
     channels, *sides = sorted(space.shape)
     body = nn.Sequential(
         nn.Conv2d(channels, 32, 8, 4),
@@ -383,7 +396,8 @@ def update_moments(moments: Tensor, rows: ndarray) -> None:
     old = moments.cpu().numpy()
     rows = rows.astype(np.float64)
     new = update_mean_var_count_from_moments(*old, rows.mean(0), rows.var(0), len(rows))
-    moments.copy_(torch.from_numpy(np.stack(new)))
+    new = torch.from_numpy(np.stack(new))
+    moments.copy_(new)
 
 
 class Agent(nn.Module):
@@ -419,21 +433,26 @@ class Agent(nn.Module):
         self.layers = []  # of the policy in numpy: views of weight and bias
         if not self.is_image and not c.cuda:
             for layer in (self.body[0], self.body[2], self.policy_layer):
-                self.layers.append((layer.weight.detach().numpy(), layer.bias.detach().numpy()))
+                weight = layer.weight.detach().numpy()
+                bias = layer.bias.detach().numpy()
+                self.layers.append((weight, bias))
 
     def observe(self, obs: ndarray) -> Tensor:
         """Inputs [rows, D], float32, or pixels [rows, channels, ...], uint8. Statistics stay as they are."""
         obs = obs.reshape(-1, *self.space.shape)
         if self.is_image:
             channel_axis = 1 + np.argmin(self.space.shape)
-            return torch.from_numpy(np.moveaxis(obs, channel_axis, 1)).to(self.device)
+            obs = np.moveaxis(obs, channel_axis, 1)
+            return torch.from_numpy(obs).to(self.device)
         obs = obs.reshape(len(obs), -1)
         if self.norm_obs:
             mean, var, _ = self.obs_moments.cpu().numpy()
-            obs = ((obs - mean) / np.sqrt(var + 1e-8)).clip(-10, 10)
+            obs = (obs - mean) / np.sqrt(var + 1e-8)
+            obs = obs.clip(-10, 10)
         elif self.space.dtype == np.uint8:
             obs = obs / 255
-        return torch.from_numpy(obs.astype(np.float32)).to(self.device)
+        obs = obs.astype(np.float32)
+        return torch.from_numpy(obs).to(self.device)
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Policy outputs [rows, K] and values [rows]."""
@@ -441,7 +460,8 @@ class Agent(nn.Module):
             inputs = inputs / 255
         features = self.body(inputs)
         value_features = self.value_body(inputs) if self.value_body else features
-        return self.policy_layer(features), self.value_layer(value_features)[:, 0]
+        values = self.value_layer(value_features)[:, 0]
+        return self.policy_layer(features), values
 
     def act(self, obs: ndarray, rng: Generator | None) -> ndarray:
         """Actions; a tanh network on the CPU runs in numpy, for a few rows in a third of torch's time."""
@@ -449,10 +469,10 @@ class Agent(nn.Module):
         if not self.layers:
             outputs, _ = self(inputs)
             return self.head.sample(outputs.detach().cpu().numpy(), rng)
-        *hidden, (weight, bias) = self.layers
         x = inputs.numpy()
-        for hidden_weight, hidden_bias in hidden:
-            x = np.tanh(np.dot(x, hidden_weight.T) + hidden_bias)
+        for weight, bias in self.layers[:-1]:
+            x = np.tanh(np.dot(x, weight.T) + bias)
+        weight, bias = self.layers[-1]
         return self.head.sample(np.dot(x, weight.T) + bias, rng)
 
 
@@ -555,6 +575,7 @@ def ppo_loss(agent: Agent, batch: Batch, kl_coef: float, c: Config) -> tuple[Ten
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     value_range = c.clip_coef if c.clip_vloss else None
 
+    # The loss. Edit here: a term more, another weight, another loss; everything else stays as it is.
     policy_loss, ratio, clipped, bounded = clipped_policy_loss(
         logprobs, batch.logprobs, advantages, c.clip_coef, c.clip_coef, c.dual_clip
     )
@@ -686,7 +707,8 @@ def update(agent: Agent, batch: Batch, step: int, kl_coef: float, c: Config) -> 
             loss, terms = ppo_loss(agent, Batch(*mini_batch), kl_coef, c)
             norms.append(take_step(agent, loss, parameters, c))
             logged.append(terms)
-        last_kl = torch.cat([terms["policy/approx_kl"] for terms in logged[-len(columns[0]) :]]).mean().item()
+        last_epoch = logged[-len(columns[0]) :]
+        last_kl = torch.cat([terms["policy/approx_kl"] for terms in last_epoch]).mean().item()
         if c.target_kl is not None and last_kl > c.target_kl:
             break
     metrics = {}
@@ -698,7 +720,7 @@ def update(agent: Agent, batch: Batch, step: int, kl_coef: float, c: Config) -> 
     error = (batch.returns - batch.values).var(correction=0).item()
     metrics["value/explained_variance"] = 1 - error / variance if variance > 1e-12 else math.nan
     metrics["optim/grad_norm"] = norms[0]
-    metrics["optim/epochs"] = len(logged) // len(columns[0])
+    metrics["optim/epochs"] = len(logged) // len(last_epoch)
     metrics["optim/skipped_steps"] = sum(not math.isfinite(norm) for norm in norms)
     return metrics
 
@@ -712,9 +734,9 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
     stream.restart(c.seed, RESET, state["step"])
     while state["global_step"] < c.total_timesteps:
         clock = time.perf_counter()
-        lr = c.learning_rate
-        if c.anneal_lr:
-            lr *= 1 - state["global_step"] / c.total_timesteps
+        left = 1 - state["global_step"] / c.total_timesteps
+        lr = c.learning_rate * left if c.anneal_lr else c.learning_rate
+        # A schedule of your own goes here: agent.ent_coef = c.ent_coef * left, which ppo_loss can read.
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)
@@ -767,9 +789,9 @@ def main(c: Config) -> dict[str, float]:
     with closing(make_envs(c, c.num_envs)) as envs, closing(Run(c)) as run:
         agent = Agent(envs, c)
         torch.set_num_threads(os.cpu_count() if agent.is_image else 1)
+        load_checkpoint(run, agent)
+        run.write_summary("running")
         try:
-            load_checkpoint(run, agent)
-            run.write_summary("running")
             train(agent, Stream(envs), run, c)
             if c.eval_episodes:
                 run.evaluation = evaluate(agent, c)
@@ -907,8 +929,9 @@ class Run:
         if not c.output_dir:
             self.command += f" --output_dir {self.folder}"
             link = Path("output/ppo_metrics")
-            link.unlink(missing_ok=True)
-            link.symlink_to(name)
+            if link.is_symlink() or not link.exists():
+                link.unlink(missing_ok=True)
+                link.symlink_to(name)
         self.bar = None  # on a terminal, from the first step on
         self.lines = 0
         self.next_line = 0  # the step from which on one is due
@@ -1075,18 +1098,20 @@ def restore(run: Run, agent: Agent, path: Path) -> None:
     saved = json.loads((path / "state.json").read_text())
     now = vars(run.config)
     changes = []
-    for name, before in saved["config"].items():
-        if name not in ("output_dir", "eval_episodes", "eval_max_steps", "track") and before != now[name]:
-            changes.append(f"{name} {before} -> {now[name]}")
-    tensors = load_file(path / "agent.safetensors")
+    for name, x in now.items():
+        before = saved["config"].get(name)
+        if name not in ("output_dir", "eval_episodes", "eval_max_steps", "track") and before != x:
+            changes.append(f"{name} {before} -> {x}")
+    tensors = load_file(path / "agent.safetensors", str(agent.device))
+    parameters = list(agent.parameters())
     try:
-        for i, parameter in enumerate(agent.parameters()):
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                agent.optimizer.state[parameter][key] = tensors.pop(f"adam.{i}.{key}").to(agent.device)
         if saved["format"] != 2 or saved["config"]["env_id"] != now["env_id"]:
             raise RuntimeError("it is of another environment, or version of this file")
+        for name in [name for name in tensors if name.startswith("adam.")]:
+            _, i, key = name.split(".")
+            agent.optimizer.state[parameters[int(i)]][key] = tensors.pop(name)
         agent.load_state_dict(tensors)
-    except (RuntimeError, KeyError) as error:
+    except (RuntimeError, IndexError) as error:
         raise UsageError(f"{path} does not fit ({', '.join(changes)}): {error}".split("\n")[0]) from error
     run.state |= saved["state"]
     if changes:
@@ -1144,6 +1169,7 @@ def start() -> int:
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
+    sys.path.append(os.getcwd())  # where the module of an own environment may lie
     arguments = [x for x in sys.argv[1:] if x not in ("-h", "--help")]
     try:
         env_id = tyro.cli(Config, args=arguments, use_underscores=True).env_id  # the defaults follow from it

@@ -567,9 +567,9 @@ class Learner:
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
         model.select_adapter()
-        named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-        self.names = [name for name, _ in named]
-        self.weights = [w for _, w in named]
+        named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+        self.names = list(named)
+        self.weights = list(named.values())
         self.masters = self.weights  # masters and sums are DeepSpeed's, and fp32
         body = sum(w.requires_grad for w in model.lm.parameters())  # the value head comes after it
         groups = [
@@ -641,12 +641,12 @@ class Learner:
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
-        if self.stage:  # put together from all ranks
-            get = self.weights[i].get_full_hp_param
+        if self.stage:  # put together by all ranks for rank 0, which writes it
+            get = getattr(self.weights[i], "get_full_hp_param", None)  # ZeRO-2's
             if self.stage == 3:
                 get = functools.partial(self.optimizer.get_full_hp_param, self.weights[i])
             state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
-            return {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
+            return {} if RANK else {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
         return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
@@ -1573,9 +1573,17 @@ def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
     """Also finds what is wrong with the models before their weights are loaded. Raises UsageError."""
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards
     transformers.utils.logging.disable_progress_bar()
+    known = []
     for name in (config.model, config.critic_model or config.model):
         check_context(name, config)
-    return AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+        known.append(read_model_config(name, config).get_text_config().vocab_size)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
+    if known[1] < min(known[0], len(tokenizer)):
+        raise UsageError(f"critic_model knows {known[1]} tokens, the policy {known[0]}")
+    return tokenizer
 
 
 def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
@@ -1613,7 +1621,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     targets = [target.strip() for target in config.lora_target.split(",")]
     for target in targets:
-        layers = [layer for name, layer in lm.named_modules() if f".{name}".endswith(f".{target}")]
+        layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
         if not target.startswith("all") and (not layers or lm.get_output_embeddings() in layers):
             raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     if targets in (["all"], ["all-linear"]):
@@ -1880,6 +1888,8 @@ def find_fault(
                     f" {config.max_response_length} of both")
         if min(tokens) < 0 or max(tokens) >= num_tokens:
             return f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
+        if not torch.as_tensor(logprob).isfinite().all():
+            return f"rollout: response {i} has a log-prob that is not finite"
     return None
 
 
@@ -1934,6 +1944,8 @@ def load_reward(config: Config) -> Callable:
         function = gsm8k_reward
     elif ".py:" in spec:
         function = load_function(spec, "reward")
+    elif spec.endswith(".py"):
+        raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
     elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
         return RewardModel(spec, config)
     else:
@@ -2121,6 +2133,7 @@ class Run:
         if RANK == 0:
             self.lock = lock_folder(self.folder)
         self.checkpoint = from_rank_0(find_checkpoint, self.folder, config.resume)
+        self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
         self.command = shlex.join([*LAUNCHER, *sys.argv])  # what continues this run
         if not config.output_dir:
             self.command += f" --output_dir {self.folder}"
@@ -2157,17 +2170,21 @@ class Run:
         samples = self.folder / "samples.jsonl"
         table = pandas.DataFrame()
         lines = []
-        problem = f"{self.folder} has no checkpoint: the run begins anew"
-        if self.checkpoint and self.folder in self.checkpoint.parents:
-            print(f"resumed from {self.checkpoint.name} of {self.total}")
+        problem = None
+        if self.checkpoint:
+            print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
+        if self.continues:
             try:
                 table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
                 table = table.loc[:start]
-                lines = [x for x in samples.read_text().splitlines(True) if json.loads(x)["step"] <= start]
-                problem = None
+                text = samples.read_text()
+                text = text[: text.rfind("\n") + 1]  # a kill may have left half a line
+                lines = [x for x in text.splitlines(True) if json.loads(x)["step"] <= start]
             except (OSError, ValueError, KeyError) as error:
                 problem = f"the logs cannot be read and begin anew: {error}"
-        if problem and log.exists():
+        elif log.exists():
+            problem = f"{self.folder} has no checkpoint: the run begins anew"
+        if problem:
             warn(problem)
             keep_old(log)
             keep_old(samples)
@@ -2197,7 +2214,7 @@ class Run:
     def add(self, step: int, metrics: dict, samples: list[dict]) -> dict[str, float]:
         """Into training_metrics.csv, samples.jsonl and the tracker. Returns the metrics as numbers."""
         metrics = {name: float(x) for name, x in metrics.items()}
-        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table)  # sorts the columns
+        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table).sort_index(axis=1)
         if RANK:
             return metrics
         write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
@@ -2282,8 +2299,12 @@ class Run:
             self.write_summary("finished")
             self.print_end()
         elif self.start is not None:
-            self.write_summary("stopped" if kind is SystemExit else "failed", f"{kind.__name__}: {error}")
+            with contextlib.suppress(OSError):  # a full disk
+                status = "stopped" if kind is SystemExit else "failed"
+                self.write_summary(status, f"{kind.__name__}: {error}")
         self.lock.close()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UsageError(f"{self.folder}: {error}") from error
 
     def evaluations(self) -> list[dict]:
         """The rows of the table that have one."""
@@ -2406,14 +2427,15 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     changes = []
     for name, new in asdict(run.config).items():
         old = state["config"].get(name)
-        if old != new and name in STRUCTURE:
+        if old != new and (name in STRUCTURE or (run.config.lora_rank and name == "model")):
             raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
         if old != new and name not in ("output_dir", "resume"):
             changes.append(f"{name} {old} → {new}")
     models.actor.load(run.checkpoint / "actor.safetensors")
     if models.critic:
         models.critic.load(run.checkpoint / "critic.safetensors")
-    run.tracker_id = state["tracker_id"]
+    if run.continues:
+        run.tracker_id = state["tracker_id"]
     run.settings_history = state["settings_history"]
     if changes:
         warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
@@ -2452,13 +2474,14 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
         return
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
+    lm_config.dtype = torch.float32
     lm_config.pad_token_id = tokenizer.pad_token_id
     if lm_config.pad_token_id is None:
         lm_config.pad_token_id = tokenizer.eos_token_id
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
     if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
-        print("no critic/: transformers has no sequence classifier that reads the last state for this model")
+        print("no critic/: transformers has no sequence classifier that computes what this critic does")
         return
     weights = {}
     for name, x in critic.lm.base_model.state_dict().items():

@@ -123,6 +123,10 @@ def theirs(env_id: str, steps: int, seed: int) -> dict:
 
 
 def speed(config: Config) -> None:
+    """Pairs of runs, taken in turn; rows of other environments stay in benchmark.csv."""
+    path = RESULTS / "benchmark.csv"
+    with open(path) as file:
+        kept = [row for row in csv.DictReader(file) if row["env"] not in config.envs]
     rows = []
     for env_id in config.envs:
         steps = int(TASKS[env_id] * config.scale)
@@ -130,18 +134,19 @@ def speed(config: Config) -> None:
             pair = {"ppo_classic": ours(env_id, steps, run), "stable-baselines3": theirs(env_id, steps, run)}
             for name, result in pair.items():
                 result.pop("printed")
-                rows.append({"env": env_id, "steps": steps, "run": run, "program": name,
-                             "whole": steps / result["seconds"], **result, "load_average": os.getloadavg()[0]})
+                row = {"env": env_id, "steps": steps, "run": run, "program": name}
+                row |= {"whole": steps / result["seconds"], **result, "load_average": os.getloadavg()[0]}
+                rows.append({key: f"{x:.5g}" if isinstance(x, float) else x for key, x in row.items()})
                 print(rows[-1], flush=True)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(RESULTS / "benchmark.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()} for row in rows)
+            names = list(dict.fromkeys(name for row in kept + rows for name in row))
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, names, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(kept + rows)
     write_report()
 
 
-def write_report(config: Config | None = None) -> None:
+def write_report() -> None:
     with open(RESULTS / "benchmark.csv") as file:
         rows = [{name: x if name in ("env", "program", "steps") else float(x or "nan") for name, x in row.items()}
                 for row in csv.DictReader(file)]
@@ -171,7 +176,7 @@ def report(rows: list[dict]) -> str:
     return "\n".join(lines) + f"\n\n{platform.machine()}, {os.cpu_count()} cores, one thread each.\n"
 
 
-def scaling(config: Config) -> None:
+def scaling() -> None:
     """CartPole-v1 with the native vector environment, 128 steps per rollout, 4 epochs of 4 mini-batches."""
     import torch
 
@@ -208,5 +213,11 @@ def scaling_rows(ppo_classic):
 if __name__ == "__main__":
     arguments = tyro.cli(Config, use_underscores=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    action = {"speed": speed, "scaling": scaling, "report": write_report, "peer": peer}[arguments.what]
-    action(arguments)
+    if arguments.what == "speed":
+        speed(arguments)
+    if arguments.what == "scaling":
+        scaling()
+    if arguments.what == "report":
+        write_report()
+    if arguments.what == "peer":
+        peer(arguments)

@@ -181,14 +181,14 @@ def ablation() -> str:
 
 
 def peers() -> str:
-    """One line per environment that the peer has played, over the seeds that both have."""
+    """One line per environment that the peer has played, beside the rows by hand of the same seeds."""
     lines = [
         "| environment | seeds | ppo_classic.py | Stable-Baselines3 | ppo_classic.py, last 100 |"
         " Stable-Baselines3, last 100 |",
         "|---|---|---|---|---|---|",
     ]
     for env_id in BARS:
-        ours = RESULTS / f"{env_id}.csv"
+        ours = BY_HAND / f"{env_id}.csv"
         theirs = RESULTS / f"{env_id}{PEER}.csv"
         seeds = sorted(set(scores(ours)) & set(scores(theirs)))
         if seeds:

@@ -27,7 +27,14 @@ import torch
 import torch.nn.functional as F
 import tyro
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SUFFIX = 'Let\'s think step by step and output the final answer after "####".'
@@ -179,12 +186,16 @@ TWO_STEP = (
 
 
 class Problem(NamedTuple):
-    """A question, its right solution, the spoiled one (empty for one-step problems), the question without names."""
+    """A question, its right solution, the spoiled one (empty for one-step problems), the question without names.
+
+    kind is the place of its template in ONE_STEP or TWO_STEP.
+    """
 
     question: str
     answer: str
     spoiled: str
     key: str
+    kind: int
 
 
 @dataclass
@@ -194,7 +205,8 @@ class Args:
     train_rows: int = 4000  # rows of train.jsonl
     test_rows: int = 600  # rows of test.jsonl
     one_step: float = 0.36  # share of one-step problems; greedy accuracy comes out close to it
-    fault: float = 0.8  # share of two-step fine-tuning solutions that are spoiled: all templates far from one half
+    fault: tuple[float, ...] = (0.8,)  # share of spoiled solutions; kind k of two-step problems has fault[k % len]
+    base: str | None = None  # folder whose model and tokenizer are fine-tuned further; None: random weights
     vocab: int = 960  # tokens, a multiple of 64
     hidden: int = 128  # width of the model
     layers: int = 4  # blocks of the model
@@ -276,7 +288,8 @@ def solution(template, words, numbers, fault=""):
 
 def make_problem(rng, steps):
     """A random problem of one or two steps."""
-    template = rng.choice(ONE_STEP if steps == 1 else TWO_STEP)
+    templates = ONE_STEP if steps == 1 else TWO_STEP
+    template = rng.choice(templates)
     name, friend = rng.sample(NAMES, 2)
     box, boxes = rng.choice(BOXES)
     words = {"name": name, "friend": friend, "obj": rng.choice(OBJECTS), "place": rng.choice(PLACES)}
@@ -289,6 +302,7 @@ def make_problem(rng, steps):
         solution(template, words, numbers),
         spoiled,
         template.question.format(**nameless, **numbers),
+        templates.index(template),
     )
 
 
@@ -363,6 +377,10 @@ def encode(tokenizer, texts):
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def fault_share(args, problem):
+    return args.fault[problem.kind % len(args.fault)]
+
+
 def sft_batches(args, tokenizer, banned):
     """Endless batches (ids, labels) of fresh problems; each pool is cut into batches of similar length."""
     rng, coin = random.Random(f"sft {args.seed}"), random.Random(f"fault {args.seed}")
@@ -374,7 +392,7 @@ def sft_batches(args, tokenizer, banned):
             problem = make_problem(rng, 1 if rng.random() < args.one_step else 2)
             if problem.key not in banned:
                 problems.append(problem)
-        answers = [p.spoiled if p.spoiled and coin.random() < args.fault else p.answer for p in problems]
+        answers = [p.spoiled if p.spoiled and coin.random() < fault_share(args, p) else p.answer for p in problems]
         prompts = encode(tokenizer, [head + p.question + tail for p in problems])
         rows = sorted(zip(prompts, encode(tokenizer, [a + END for a in answers]), strict=True), key=prompt_length)
         batches = [rows[i : i + args.batch] for i in range(0, len(rows), args.batch)]
@@ -499,8 +517,12 @@ def main(args):
     train = make_rows(random.Random(f"train {args.seed}"), args.train_rows, args.one_step, banned)
     if banned & {p.key for p in train} or {p.question for p in test} & {p.question for p in train}:
         raise SystemExit("a test question occurs in train.jsonl")
-    tokenizer = make_tokenizer(train, args.vocab)
-    model = make_model(args, tokenizer)
+    if args.base is None:
+        tokenizer = make_tokenizer(train, args.vocab)
+        model = make_model(args, tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.base)
+        model = AutoModelForCausalLM.from_pretrained(args.base)
     finetune(args, model, tokenizer, banned)
     size = save(args, model, tokenizer, train, test)
     report(model, tokenizer, train, test)

@@ -1048,7 +1048,7 @@ def test_a_checkpoint_of_something_else_is_refused_with_the_settings_that_differ
         ppo_classic.main(tiny(output_dir="run", hidden_size=32))
     with pytest.raises(UsageError, match="env_id CartPole-v1 -> Acrobot-v1"):
         ppo_classic.main(tiny(output_dir="run", env_id="Acrobot-v1"))
-    assert read_summary(here / "run")["status"] == "failed" and len(read_log(here / "run")) == 4
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) == 4
     path = ppo_classic.checkpoints(here / "run")[-1]
     state = json.loads((path / "state.json").read_text()) | {"format": 0}
     (path / "state.json").write_text(json.dumps(state))
@@ -1152,6 +1152,15 @@ def test_an_environment_that_raises_shows_itself_after_the_last_step_was_saved(h
     assert summary["status"] == "failed" and "the simulator lost its mind" in summary["reason"]
 
 
+def test_a_run_that_failed_in_its_first_step_can_be_started_again(here):
+    register("First", fault="raises", limit=60)
+    with pytest.raises(RuntimeError, match="the simulator lost its mind"):
+        ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    register("First")
+    ppo_classic.main(tiny(env_id="First-v0", output_dir="run"))
+    assert read_summary(here / "run")["status"] == "finished" and len(read_log(here / "run")) >= 4
+
+
 @pytest.mark.parametrize("field", ["observation", "reward"])
 def test_a_number_that_is_not_finite_is_named_and_the_steps_before_it_are_saved(here, monkeypatch, field):
     real = Toy.step
@@ -1228,12 +1237,20 @@ def test_settings_that_cannot_work_are_refused(here, monkeypatch, changes, sente
     assert list(here.iterdir()) == []
 
 
-def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+@pytest.fixture
+def command_line(monkeypatch, capsys, listening):
+    """Runs the script's command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*flags: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ppo_classic.py", *flags])
+        code = ppo_classic.start()
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_bad_input_is_one_sentence_and_exit_code_2(here):
+def test_bad_input_is_one_sentence_and_exit_code_2(here, command_line):
     (here / "file").touch()
     for flags, sentence in (
         (["--env_id", "CartPoole-v1"], "CartPoole"),
@@ -1241,9 +1258,15 @@ def test_bad_input_is_one_sentence_and_exit_code_2(here):
         (["--output_dir", "file"], "file"),
         (["--output_dir", "file/below"], "file/below"),
     ):
-        done = run_script(*flags)
-        assert done.returncode == 2 and sentence in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 2
+        code, _, error = command_line(*flags)
+        assert code == 2 and sentence in error and len(error.splitlines()) == 1, error
+
+
+def test_an_environment_is_found_in_the_folder_where_the_command_is_given(here, command_line):
+    source = "import gymnasium\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+    (here / "my_other_module.py").write_text(f"{source}gymnasium.register('Other-v0', CartPoleEnv)\n")
+    flags = ["--env_id=my_other_module:Other-v0", "--total_timesteps=600", "--eval_episodes=1"]
+    assert command_line(*flags)[0] == 0
 
 
 @pytest.mark.slow
@@ -1262,14 +1285,14 @@ def test_the_script_alone_in_an_empty_folder_runs(here):
     assert "eval/score" in done.stdout and (here / "output" / "ppo_metrics" / "training_curves.png").exists()
 
 
-def test_help_shows_the_options_in_groups_with_the_defaults_of_the_environment(here):
-    done = run_script("--env_id", "Pendulum-v1", "--help")
-    assert done.returncode == 0 and list(here.iterdir()) == []
-    headings = [line for line in done.stdout.splitlines() if re.fullmatch("[A-Z][a-z]+(, [a-z]+)*", line)]
+def test_help_shows_the_options_in_groups_with_the_defaults_of_the_environment(here, command_line):
+    code, shown, _ = command_line("--env_id", "Pendulum-v1", "--help")
+    assert code == 0 and list(here.iterdir()) == []
+    headings = [line for line in shown.splitlines() if re.fullmatch("[A-Z][a-z]+(, [a-z]+)*", line)]
     assert headings == ["Run", "Environment", "Network", "Loss", "Optimization", "Evaluation, logs, checkpoints"]
-    options = re.findall(r"^  --(\w+) ", done.stdout, re.MULTILINE)
+    options = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
     assert options == [field.name for field in dataclasses.fields(Config)]
-    assert "--gamma float (default: 0.9)" in done.stdout and "python ppo_classic.py --env_id" in done.stdout
+    assert "--gamma float (default: 0.9)" in shown and "python ppo_classic.py --env_id" in shown
 
 
 # ---- Console and trackers -------------------------------------------------------------------------------------

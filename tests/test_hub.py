@@ -1,14 +1,19 @@
 """The literal command of the README against a Hub cache made here, and the script alone in an empty folder."""
 
-import ast
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 import tokenizers
 import transformers
@@ -40,18 +45,6 @@ Ann has 0 apples and gets 3. How many now? Let's think step by step and output t
 """
 GENERATION = {"repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8, "temperature": 0.7, "do_sample": True,
               "eos_token_id": [258, 256], "pad_token_id": 256, "bos_token_id": 256}
-DATASETS = """
-class Rows(list):
-    def to_list(self):
-        return list(self)
-
-def load_dataset(path, name=None, split=None):
-    if path != "openai/gsm8k" or name != "main":
-        raise ValueError(f"Config name is missing. Please pick one among the available configs: {path} {name}")
-    count = {"train": 260, "test": 6}[split]
-    return Rows({"question": f"Ann has {i} apples and gets 3. How many now?", "answer": f"{i}+3={i + 3}\\n#### {i + 3}"}
-                for i in range(count))
-"""
 
 
 def save_qwen(folder: Path) -> None:
@@ -63,6 +56,9 @@ def save_qwen(folder: Path) -> None:
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    fast.add_tokens(["You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+                     ppo_llm.GSM8K_INSTRUCTION,
+                     " apples and gets 3. How many now?"])  # whole sentences as tokens: prompts of 50 instead of 250
     fast.save_pretrained(folder)
     lm = make_lm(vocab_size=320, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=258,
                  pad_token_id=None, initializer_range=0.02)
@@ -70,52 +66,86 @@ def save_qwen(folder: Path) -> None:
     lm.save_pretrained(folder)
 
 
-def run(arguments: list, cwd: Path, **environment) -> subprocess.CompletedProcess:
-    kept = {name: x for name, x in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))}
-    environment = kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True,
-                          text=True, timeout=300)
+def load_dataset(path: str, name: str | None = None, *, split: str) -> datasets.Dataset:
+    """GSM8K as the Hub has it, with fewer rows."""
+    assert (path, name) == ("openai/gsm8k", "main"), "Config name is missing"
+    count = {"train": 260, "test": 6}[split]
+    return datasets.Dataset.from_list([
+        {"question": f"Ann has {i} apples and gets 3. How many now?",
+         "answer": f"{i}+3={i + 3}\n#### {i + 3}"}
+        for i in range(count)])
+
+
+def load_alone(folder: Path):
+    """The script as a module, copied into a folder of its own."""
+    shutil.copy(SCRIPT, folder)
+    found = importlib.util.spec_from_file_location("ppo_llm_alone", folder / SCRIPT.name)
+    module = importlib.util.module_from_spec(found)
+    sys.modules["ppo_llm_alone"] = module
+    found.loader.exec_module(module)
+    return module
+
+
+def command(module, words: list, cwd: Path) -> tuple[int, str, str]:
+    """A command line, run in this process: (exit code, stdout, stderr)."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["ppo_llm.py", *map(str, words)])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = module.start()
+    out.seek(0)
+    return code, out.read(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
-def qwen_run(tmp_path_factory):
-    """`python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct`, cut to two steps: (output, folder of the run)."""
+def qwen_run(tmp_path_factory, no_figures):
+    """`python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct`, cut to one step: (output, folder of the run)."""
     tmp = tmp_path_factory.mktemp("hub")
-    cache, revision = tmp / "home" / "hub" / f"models--{QWEN.replace('/', '--')}", "0123456789" * 4
+    cache = tmp / "hub" / f"models--{QWEN.replace('/', '--')}"
+    revision = "0123456789" * 4
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(revision)
     save_qwen(cache / "snapshots" / revision)
-    (tmp / "packages" / "datasets").mkdir(parents=True)
-    (tmp / "packages" / "datasets" / "__init__.py").write_text(DATASETS)
-    done = run([SCRIPT, "--model", QWEN, "--total_steps", 2, "--max_response_length", 8, "--eval_size", 4,
-                "--device", "cpu"], tmp, HF_HOME=str(tmp / "home"), PYTHONPATH=str(tmp / "packages"))
-    assert done.returncode == 0, done.stderr
-    return done, tmp / "output" / "ppo_metrics"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp / "hub"))
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        words = ["--model", QWEN, "--total_steps", 1, "--max_response_length", 4, "--eval_size", 4,
+                 "--device", "cpu"]
+        code, out, err = command(ppo_llm, words, tmp)
+    assert code == 0, err
+    return out, tmp / "output" / "ppo_metrics"
 
 
 def test_the_literal_qwen_command_makes_its_steps(qwen_run):
     rows = read_log(qwen_run[1])
-    assert [row["step"] for row in rows] == [0, 1, 2]
-    assert all("eval/accuracy" in rows[i] for i in (0, 2)) and rows[2]["policy/ratio_first"] < 1 + 1e-5
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all("eval/accuracy" in row for row in rows) and rows[1]["policy/ratio_first"] < 1 + 1e-5
     assert qwen_run[1].resolve().name.startswith("ppo_llm-gsm8k-seed1-")
 
 
 def test_the_literal_qwen_command_renders_the_published_prompt(qwen_run):
-    lines = [line for line in qwen_run[0].stdout.splitlines() if line.startswith("first prompt: ")]
-    assert [ast.literal_eval(line.removeprefix("first prompt: ")) for line in lines] == [PROMPT]
+    lines = [line for line in qwen_run[0].splitlines() if line.startswith("first prompt: ")]
+    assert lines == ["first prompt: " + PROMPT.replace("\n", "\\n")]
 
 
 def test_the_literal_qwen_command_stops_at_both_end_tokens(qwen_run):
-    assert "stop tokens: <|endoftext|> <|im_end|>\n" in qwen_run[0].stdout
+    assert "stop tokens: <|endoftext|> <|im_end|>\n" in qwen_run[0]
 
 
 def test_the_literal_qwen_command_trains_with_the_published_settings(qwen_run):
     config = json.loads((qwen_run[1] / "summary.json").read_text())["config"]
-    published = {"train_batch_size": 256, "ppo_mini_batch_size": 64, "ppo_epochs": 1, "lr": 1e-6, "critic_lr": 1e-5,
+    published = {"train_batch_size": 256, "ppo_mini_batch_size": 64, "ppo_epochs": 1, "lr": 1e-6,
+                 "critic_lr": 1e-5,
                  "kl_ctrl_coef": 0.001, "gamma": 1.0, "lam": 1.0, "clip_ratio": 0.2, "entropy_coeff": 0.001,
                  "dataset": "openai/gsm8k", "reward": "gsm8k", "max_prompt_length": 1024, "temperature": 1.0}
     assert {name: config[name] for name in published} == published
-    assert "260 prompts" in qwen_run[0].stdout and "4 evaluation rows" in qwen_run[0].stdout
+    assert ("1 steps of 256 responses to 256 of 260 prompts, 1 epochs of mini-batches of 64; 4 evaluation rows"
+            in qwen_run[0])
+    assert "options not given: those of the published GSM8K run" in qwen_run[0]
 
 
 def test_the_model_exported_from_qwen_keeps_qwens_generation_config(qwen_run):
@@ -125,22 +155,22 @@ def test_the_model_exported_from_qwen_keeps_qwens_generation_config(qwen_run):
     assert model.config.tie_word_embeddings and model.get_output_embeddings().weight.shape[0] == 320
 
 
-@pytest.mark.slow
-def test_the_script_alone_in_a_folder_trains_on_a_model_and_a_file(folder, tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
+def test_the_script_alone_in_a_folder_trains_on_a_model_and_a_file(folder, tmp_path, no_figures):
     shutil.copy(folder / "prompts.jsonl", tmp_path / "file.jsonl")
-    done = run(["ppo_llm.py", "--model", folder, "--dataset", "file.jsonl", "--total_steps", 2, "--device", "cpu",
-                "--max_prompt_length", 64, "--max_response_length", 8, "--train_batch_size", 8,
-                "--ppo_mini_batch_size", 4], tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = ["--model", folder, "--dataset", "file.jsonl", "--reward", f"{folder}/reward.py:coin",
+             "--total_steps", 2,
+             "--device", "cpu", "--max_prompt_length", 64, "--max_response_length", 8, "--train_batch_size",
+             8,
+             "--ppo_mini_batch_size", 4]
+    code, _, err = command(load_alone(tmp_path), words, tmp_path)
+    assert code == 0, err
     assert [row["step"] for row in read_log(tmp_path / "output" / "ppo_metrics")] == [1, 2]
 
 
 def test_the_script_alone_without_a_model_asks_for_one_in_a_sentence(tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
-    done = run(["ppo_llm.py"], tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "give --model" in done.stderr
+    code, out, err = command(load_alone(tmp_path), [], tmp_path)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and "give --model" in err
     assert not (tmp_path / "output").exists()
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from conftest import collect, make_config, make_lm, make_models, plain, save_fol
 from safetensors.torch import load_file
 
 import ppo_llm
-from ppo_llm import FULL_KL, LOGPROBS, VALUES, Config, UsageError, forward, update
+from ppo_llm import Config, UsageError, forward, score_tokens, update
 
-LORA = {"lora_rank": 4, "critic": "adapter", "lr": 1e-2, "kl_ctrl_coef": 0.1}
+LORA = {"lora_rank": 4, "lr": 1e-2, "kl_ctrl_coef": 0.1}
 
 
 def logits_of(lm, ids: list[int]) -> torch.Tensor:
@@ -63,7 +62,6 @@ def test_at_the_start_the_policy_is_the_base_model_and_the_kl_is_0(folder):
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
     ids = [5, 9, 30]
     models.actor.model.select_adapter()
-    models.actor.model.lm.set_attn_implementation("eager")
     torch.testing.assert_close(logits_of(models.actor.model.lm, ids), logits_of(plain(lm), ids), atol=1e-5, rtol=1e-5)
 
 
@@ -81,38 +79,59 @@ def test_training_moves_both_adapters_and_no_weight_of_the_trunk(folder):
 
 @pytest.mark.parametrize(("role", "still"), [("actor", ".critic."), ("critic", ".policy.")])
 def test_an_update_moves_the_adapter_of_its_role_only(folder, role, still):
-    config = make_config(folder, value_head_init="normal", **LORA)
+    config = make_config(folder, **LORA)
     models = make_models(config)
     rollout, _ = collect(models, config)
-    before, own = snapshot(models, still), snapshot(models, ".policy." if role == "actor" else ".critic.")
+    mine = ".policy." if role == "actor" else ".critic."
+    before = snapshot(models, still)
+    own = snapshot(models, mine)
     update(role, models, rollout, 0, 3, 0.0, config)
     assert not any(moved(before, snapshot(models, still)))
-    assert any(moved(own, snapshot(models, ".policy." if role == "actor" else ".critic.")))
+    assert any(moved(own, snapshot(models, mine)))
 
 
 def test_after_training_the_trunk_without_adapters_is_still_the_reference(folder):
     config = make_config(folder, **LORA)
     models = make_models(config)
     rollout, _ = collect(models, config)
-    before = forward(models.reference, rollout, 1.0)[LOGPROBS]
+    before = score_tokens(models.reference, rollout, config)["logprobs"]
     take_steps(models, config, 2)
-    assert torch.equal(forward(models.reference, rollout, 1.0)[LOGPROBS], before)
-    assert not torch.allclose(forward(models.actor.model, rollout, 1.0)[LOGPROBS], before, atol=1e-3)
+    assert torch.equal(score_tokens(models.reference, rollout, config)["logprobs"], before)
+    trained = score_tokens(models.actor.model, rollout, config)["logprobs"]
+    assert not torch.allclose(trained, before, atol=1e-3)
     assert collect(models, config)[1]["reward/kl"].item() != 0
 
 
-def test_values_and_log_probs_do_not_depend_on_which_model_computed_before(folder):
-    config = make_config(folder, **LORA)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_values_and_log_probs_do_not_depend_on_which_model_computed_before(checkpointing, folder):
+    config = make_config(folder, gradient_checkpointing=checkpointing, **LORA)
     models = make_models(config)
     take_steps(models, config, 2)
     rollout, _ = collect(models, config)
-    nets = {"policy": (models.actor.model, LOGPROBS), "critic": (models.critic.model, VALUES),
-            "reference": (models.reference, LOGPROBS)}
+    nets = {"policy": (models.actor.model, "logprobs"), "critic": (models.critic.model, "values"),
+            "reference": (models.reference, "logprobs")}
     with torch.no_grad():
-        first = {name: forward(net, rollout, 1.0)[head] for name, (net, head) in nets.items()}
+        first = {name: forward(net, rollout, config)[head] for name, (net, head) in nets.items()}
         for name in ("reference", "critic", "policy", "critic", "reference", "policy"):
             net, head = nets[name]
-            assert torch.equal(forward(net, rollout, 1.0)[head], first[name]), name
+            assert torch.equal(forward(net, rollout, config)[head], first[name]), name
+    assert not torch.equal(first["policy"], first["reference"])
+
+
+def test_a_critic_on_the_policys_trunk_computes_no_logits(folder):
+    models = make_models(make_config(folder, **LORA))
+    rollout, _ = collect(models, make_config(folder, **LORA))
+    assert set(forward(models.critic.model, rollout, make_config(folder, **LORA))) == {"values"}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_first_ratio_is_1_with_an_adapter(checkpointing, folder):
+    config = make_config(folder, gradient_checkpointing=checkpointing, **LORA)
+    models = make_models(config)
+    take_steps(models, config, 2)
+    rollout, _ = collect(models, config)
+    update("critic", models, rollout, 0, 3, 0.1, config)
+    assert 1 <= update("actor", models, rollout, 0, 3, 0.1, config)["policy/ratio_first"] < 1 + 1e-5
 
 
 @pytest.mark.parametrize("flags", [{}, {"use_kl_loss": True, "kl_loss_type": "full", "kl_loss_coef": 0.5}])
@@ -125,9 +144,8 @@ def test_gradients_under_checkpointing_are_those_without(folder, flags, role):
         take_steps(models, dataclasses.replace(config, ppo_epochs=2))  # B is no longer 0, and there is a KL
         rollout, _ = collect(models, config, step=1)
         learner = getattr(models, role)
-        learner.model.train()
         weights = ppo_llm.loss_weights(rollout.mask, "token-mean", 1.0)
-        learner.backward(ppo_llm.ppo_loss(role, models, rollout, weights, 0.5, config)[0])
+        learner.backward((ppo_llm.ppo_loss(role, models, rollout, 0.5, config)[0] * weights).sum())
         gradients.append([w.grad.clone() for w in learner.masters])
     for plain_gradient, recomputed in zip(*gradients, strict=True):
         assert plain_gradient.norm() > 0
@@ -140,35 +158,48 @@ def test_the_full_kl_of_a_lora_policy_is_that_to_the_trunk(folder):
     take_steps(models, config, 2)
     rollout, _ = collect(models, config)
     with torch.no_grad():
-        kl = forward(models.actor.model, rollout, 1.0, models.reference)[FULL_KL]
+        kl = forward(models.actor.model, rollout, config, models.reference)["kl"]
         policy = transformers.AutoModelForCausalLM.from_pretrained(folder)
         i, t = 0, len(rollout.responses[0]) - 1
         ids = rollout.prompts[i] + rollout.responses[i][:t]
         reference = logits_of(plain(policy), ids)[0, -1].log_softmax(-1)
         models.actor.model.select_adapter()
-        models.actor.model.lm.set_attn_implementation("eager")
         logp = logits_of(models.actor.model.lm, ids)[0, -1].log_softmax(-1)
     assert kl[i, t].item() == pytest.approx((logp.exp() * (logp - reference)).sum().item(), rel=1e-3, abs=1e-6)
 
 
-def test_the_engine_samples_from_the_adapted_policy(folder):
+def test_the_rollout_samples_from_the_adapted_policy(folder):
     config = make_config(folder, **LORA)
     models = make_models(config)
     take_steps(models, config, 3)
     rollout, _ = collect(models, config)
-    ratio = (forward(models.actor.model, rollout, 1.0)[LOGPROBS] - rollout.old_logprobs).abs().max()
-    assert ratio < 1e-5
+    scored = score_tokens(models.actor.model, rollout, config)["logprobs"]
+    assert (scored - rollout.old_logprobs).abs().max() < 1e-5
     assert (rollout.ref_logprobs - rollout.old_logprobs).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_a_shared_or_separate_critic_works_beside_an_adapter(folder, critic):
-    config = make_config(folder, **LORA | {"critic": critic})
+def test_a_shared_critic_works_beside_an_adapter(folder):
+    config = make_config(folder, critic="shared", **LORA)
     models = make_models(config)
-    base, policy = base_weights(models), snapshot(models, ".policy.")
+    base = base_weights(models)
+    policy = snapshot(models, ".policy.")
+    head = models.actor.model.value_head.weight.detach().clone()
     metrics = take_steps(models, config, 2)
-    assert not any(moved(base, base_weights(models))) and all(moved(policy, snapshot(models, ".policy.")))
-    assert metrics["value/loss"] > 0
+    assert models.critic is None and not any(moved(base, base_weights(models)))
+    assert all(moved(policy, snapshot(models, ".policy."))) and metrics["value/loss"] > 0
+    assert not torch.equal(head, models.actor.model.value_head.weight)
+
+
+def test_a_critic_model_with_lora_has_a_trunk_and_an_adapter_of_its_own(folder, tmp_path):
+    other = save_folder(tmp_path / "critic", make_lm(seed=5))
+    config = make_config(folder, critic_model=str(other), **LORA)
+    models = make_models(config)
+    critic = models.critic.model
+    assert critic.lm is not models.actor.model.lm and critic.adapter == "critic"
+    before = {name: w.detach().clone() for name, w in critic.named_parameters()}
+    take_steps(models, config, 2)
+    changed = {name for name, w in critic.named_parameters() if not torch.equal(w, before[name])}
+    assert changed == {name for name in before if "lora_" in name or name == "value_head.weight"}
 
 
 def test_the_adapters_start_depends_on_the_seed_alone(folder):
@@ -203,23 +234,25 @@ def run(config: Config) -> None:
         ppo_llm.main(config)
 
 
-def test_the_export_is_an_adapter_or_a_merged_plain_model_with_equal_logits(folder, tmp_path, no_figures):
-    config = make_config(folder, total_steps=2, **LORA)
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "a")))
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "b"), merge_lora=True))
-    ids = [5, 9, 30, 12]
-    files = {path.name for path in (tmp_path / "a" / "model").iterdir()}
+def test_the_export_is_an_adapter_that_transformers_loads(folder, tmp_path, no_figures):
+    run(make_config(folder, total_steps=2, output_dir=str(tmp_path / "a"), **LORA))
+    exported = tmp_path / "a" / "model"
+    files = {path.name for path in exported.iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
-    names = load_file(tmp_path / "a" / "model" / "adapter_model.safetensors")
+    names = load_file(exported / "adapter_model.safetensors")
     assert names and not any("critic" in name for name in names)  # the policy's adapter only
-    adapted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model")
-    merged_files = {path.name for path in (tmp_path / "b" / "model").iterdir()}
-    assert "model.safetensors" in merged_files and not any("adapter" in name for name in merged_files)
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b" / "model")
+    adapted = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    config = make_config(folder, total_steps=2, **LORA)
+    models = make_models(config)
+    checkpoint = tmp_path / "a" / "checkpoints" / "step_2"
+    models.actor.load(checkpoint / "actor.safetensors")
+    models.actor.model.select_adapter()
+    ids = [5, 9, 30, 12]
+    trained = logits_of(models.actor.model.lm, ids)
+    torch.testing.assert_close(logits_of(adapted, ids), trained, atol=1e-5, rtol=1e-5)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    torch.testing.assert_close(logits_of(merged, ids), logits_of(adapted, ids), atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(logits_of(merged, ids), logits_of(base, ids), atol=1e-3)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b" / "model").eos_token == "<|endoftext|>"
+    assert not torch.allclose(trained, logits_of(base, ids), atol=1e-3)
+    assert transformers.AutoTokenizer.from_pretrained(exported).eos_token == "<|endoftext|>"
 
 
 def test_a_resumed_run_continues_bitwise(folder, tmp_path, no_figures):
@@ -236,50 +269,31 @@ def test_a_resumed_run_continues_bitwise(folder, tmp_path, no_figures):
     assert max(sizes) < 3 * 4 * sum(w.numel() for w in make_lm().parameters())  # three fp32 numbers: only of adapters
 
 
+@pytest.fixture(scope="module")
+def one_step_run(folder, tmp_path_factory, no_figures):
+    path = tmp_path_factory.mktemp("runs") / "shared"
+    run(make_config(folder, total_steps=1, output_dir=str(path), **LORA | {"critic": "shared"}))
+    return path
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
     ({"lora_rank": None}, "lora_rank 4, not None"), ({"lora_rank": 8}, "lora_rank 4, not 8"),
     ({"lora_alpha": 3.0}, "lora_alpha None, not 3.0"), ({"lora_target": "q_proj"}, "lora_target all-linear, not"),
-    ({"model": None}, "model ")])
+    ({"critic": "separate"}, "critic shared, not separate"), ({"model": None}, "model ")])
 def test_another_adapter_or_model_than_the_checkpoints_is_refused(
-        folder, flat_folder, tmp_path, no_figures, change, sentence):
+        one_step_run, folder, flat_folder, tmp_path, no_figures, change, sentence):
+    if "model" in change:
+        change = {"model": str(flat_folder)}
     config = make_config(folder, total_steps=1, **LORA | {"critic": "shared"})
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
-    change = {"model": str(flat_folder)} if "model" in change else change
-    changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), **change,
-                                  resume=str(tmp_path / "r" / "checkpoints" / "step_1"))
+    changed = dataclasses.replace(config, output_dir=str(tmp_path / "s"), **change, resume=str(one_step_run))
     with pytest.raises(UsageError, match=f"was made with {sentence}"):
         run(changed)
 
 
-def test_a_checkpoint_from_before_there_were_adapters_is_read(folder, tmp_path, no_figures):
-    config = make_config(folder, total_steps=2, save_every=1)
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
-    state = tmp_path / "r" / "checkpoints" / "step_1" / "state.json"
-    state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if "lora" not in k}))
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "s"), resume=str(state.parent)))
-
-
-def test_a_bf16_adapter_is_merged_in_fp32_so_that_small_steps_survive(folder, tmp_path, no_figures):
-    config = make_config(folder, total_steps=1, dtype="bfloat16", merge_lora=True, **LORA | {"lr": 1e-4})
-    run(dataclasses.replace(config, output_dir=str(tmp_path / "r")))
-    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "model")
-    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    adapter = load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors")
-    a, b = (next(x.float() for name, x in adapter.items() if f"layers.0.self_attn.q_proj.lora_{part}" in name)
-            for part in "AB")
-    moved = merged.model.layers[0].self_attn.q_proj.weight - base.model.layers[0].self_attn.q_proj.weight
-    assert merged.dtype == torch.float32 and b.abs().max() > 0
-    torch.testing.assert_close(moved, 2.0 * b @ a, atol=1e-7, rtol=1e-3)
-
-
 @pytest.mark.parametrize(("flags", "sentence"), [
-    ({"critic": "adapter"}, "need lora_rank"), ({"merge_lora": True}, "need lora_rank"),
     ({"lora_alpha": 8.0}, "need lora_rank"), ({"lora_target": "q_proj"}, "need lora_rank"),
-    ({"critic": "adapter", "lora_rank": 4, "critic_model": "x"}, "critic_model does not apply"),
-    ({"lora_rank": 0}, "lora_rank must be positive"), ({"lora_rank": -1}, "lora_rank must be positive"),
-    ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha must be positive"),
-    ({"failed_score": float("nan")}, "failed_score must be finite"),
-    ({"reward_timeout": float("inf")}, "reward_timeout must be finite")])
+    ({"lora_rank": 0}, "lora_rank cannot be 0"), ({"lora_rank": -1}, "lora_rank cannot be -1"),
+    ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha cannot be 0.0")])
 def test_what_cannot_work_is_refused(flags, sentence):
     with pytest.raises(UsageError, match=sentence):
         ppo_llm.check_config(Config(**flags))
@@ -287,7 +301,8 @@ def test_what_cannot_work_is_refused(flags, sentence):
 
 @pytest.mark.parametrize("target", ["nonsense", "q_proj, v_prj", "q_proj,lm_head", ""])
 def test_a_target_that_is_no_layer_or_the_output_head_is_refused_by_name(folder, target):
-    with pytest.raises(UsageError, match=f"lora_target {target.split(',')[-1].strip()}: no layer has this name"):
+    wrong = target.split(",")[-1].strip()
+    with pytest.raises(UsageError, match=f"lora_target '{wrong}': no layer has this name"):
         make_models(make_config(folder, lora_target=target, **LORA))
 
 
@@ -298,16 +313,17 @@ def test_targets_may_be_written_with_spaces(folder):
 
 def test_an_exported_adapter_given_as_the_model_is_explained(folder, tmp_path, no_figures):
     run(make_config(folder, total_steps=1, output_dir=str(tmp_path / "r"), **LORA))
-    with pytest.raises(UsageError, match="is a LoRA adapter: export it with merge_lora"):
-        ppo_llm.prepare(make_config(folder, model=str(tmp_path / "r" / "model")))
+    with pytest.raises(UsageError, match="is a LoRA adapter: merge it first"):
+        ppo_llm.load_tokenizer(make_config(folder, model=str(tmp_path / "r" / "model")))
 
 
 def mean_score_after(config: Config, steps: int) -> float:
     """Mean score of the last three of some steps; the reward is the share of e among 8 tokens."""
-    def reward(prompts, responses, answers):
+    def reward(examples, responses):
         return [response.count("e") / 8 for response in responses]
 
-    models, scores = make_models(config), []
+    models = make_models(config)
+    scores = []
     for step in range(steps):
         examples = [ppo_llm.Example("", "e", [3 + (7 * i + step) % 50]) for i in range(config.train_batch_size)]
         rollout, metrics = ppo_llm.collect_rollout(models, reward, examples, step, 0.0, config)
@@ -317,8 +333,9 @@ def mean_score_after(config: Config, steps: int) -> float:
     return sum(scores[-3:]) / 3
 
 
+@pytest.mark.slow
 def test_lora_learns_what_is_rewarded_and_not_without_a_learning_rate(folder):
     config = make_config(folder, train_batch_size=32, ppo_epochs=2, ppo_mini_batch_size=16,
                          **LORA | {"lr": 2e-2, "kl_ctrl_coef": 0.0, "lora_rank": 16})
-    assert mean_score_after(dataclasses.replace(config, lr=0.0), 4) < 0.1
-    assert mean_score_after(config, 25) > 0.4
+    assert mean_score_after(dataclasses.replace(config, lr=0.0), 3) < 0.1
+    assert mean_score_after(config, 22) > 0.4

@@ -1,4 +1,4 @@
-"""Every formula of the section "Formulas" against loops, closed forms, enumeration and hand-worked numbers."""
+"""Every formula of ppo_llm.py against loops, closed forms, enumeration and hand-worked numbers."""
 
 import itertools
 import math
@@ -783,8 +783,8 @@ def test_the_learning_rate_rises_then_falls_and_is_never_negative(name, steps, p
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# verl's formulas (core_algos.py, ray_trainer.py at b178a3cd5), written as they stand there: the same numbers on
-# random tensors with holes in their masks.
+# verl's formulas (core_algos.py, ray_trainer.py at b178a3cd5), written as they stand there: the same numbers
+# on random tensors with holes in their masks.
 
 
 def verl_masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

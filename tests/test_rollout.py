@@ -816,6 +816,8 @@ def test_without_a_cap_the_tokens_of_a_hook_are_not_weighted(folder, tmp_path):
     ([[5, 6], [6]], [[0.0], [0.0]], "response 0 has 2 tokens and 1 log-probs, not 1 to 8 of both"),
     ([[5], [64]], [[0.0], [0.0]], "response 1 has a token outside 0 to 63"),
     ([[5, -1], [6]], [[0.0] * 2, [0.0]], "response 0 has a token outside 0 to 63"),
+    ([[5], [6]], [[0.0], [math.nan]], "response 1 has a log-prob that is not finite"),
+    ([[5, 6], [6]], [[0.0, -math.inf], [0.0]], "response 0 has a log-prob that is not finite"),
 ])
 def test_what_a_hook_returns_wrongly_is_one_sentence(responses, logprobs, sentence, folder, tmp_path):
     config = hook_config(folder, tmp_path)
