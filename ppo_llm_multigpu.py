@@ -63,7 +63,7 @@ import typing
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -1321,7 +1321,7 @@ def main(config: Config) -> None:
 def warn(sentence: str) -> None:
     if RANK:
         return
-    print(f"warning: {printable(sentence)}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(sentence)}", file=sys.stderr)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -1344,15 +1344,15 @@ POSITIVE = """train_batch_size rollout_n max_prompt_length max_response_length t
     loss_scale_factor early_stop_kl eval_size save_total_limit total_epochs""".split()
 
 
-def check_config(config: Config) -> None:
+def check_config(c: Config) -> None:
     """Refuses what cannot work, before anything is loaded. Raises UsageError."""
-    c = config
     for name, x in vars(c).items():
         if type(x) in (int, float) and name not in ("seed", "missing_eos_penalty", "entropy_coeff"):
             if not 0 <= x < math.inf or (x == 0 and name in POSITIVE) or (x > 1 and name in AT_MOST_1):
                 raise UsageError(f"{name} cannot be {x}")
     has_own_critic = c.uses_critic and c.critic == "separate"
-    critic_flags = [c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup]
+    critic_flags = [c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup,
+                    c.critic_early_stop]
     adaptive = c.kl_ctrl_type == "adaptive"
     mini_batch_sizes = [c.ppo_mini_batch_size, c.critic_ppo_mini_batch_size or 1]
     for is_wrong, sentence in (
@@ -1363,7 +1363,7 @@ def check_config(config: Config) -> None:
          "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
         (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
-        (not has_own_critic and (any(critic_flags) or c.critic_early_stop),
+        (any(critic_flags) and not has_own_critic,
          f"with critic {c.critic} and adv_estimator {c.adv_estimator} no critic has an optimizer of its own:"
          " of the critic_* flags at most critic_lr applies"),
         (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2,
@@ -1375,7 +1375,6 @@ def check_config(config: Config) -> None:
          f"train_batch_size * rollout_n = {c.rollout_size} responses must divide into mini-batches:"
          f" {fitting_sizes(c.train_batch_size, c)}"),
         (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by {WORLD}"),
-        (c.ds_config and not Path(c.ds_config).is_file(), f"ds_config: there is no file {c.ds_config}"),
         (":" in c.device, "device: every rank takes the GPU of its own number, so give cuda or cpu"),
         (c.critic_early_stop and c.rollout_size < 10 * WORLD, "critic_early_stop: 10 responses per rank"),
         (c.offload == "optimizer" and c.zero_stage == 0, "offload optimizer needs zero_stage 2 or 3"),
@@ -1511,7 +1510,9 @@ def in_step(passes: Iterator, rollout: Rollout) -> list:
     """The passes, and as many without weight as another rank has more: each backward adds up all ranks'."""
     passes = list(passes)
     nothing = rollout.take([0])
-    vars(nothing).update({k: torch.zeros_like(x) for k, x in vars(nothing).items() if isinstance(x, Tensor)})
+    for name, x in vars(nothing).items():
+        if isinstance(x, Tensor):
+            setattr(nothing, name, torch.zeros_like(x))
     most = int(max_over_ranks(torch.tensor(len(passes))))
     return passes + [([], nothing)] * (most - len(passes))
 
@@ -1538,7 +1539,7 @@ def deepspeed_config(config: Config, dtype: torch.dtype) -> dict:
 
 def read_model_config(name: str, config: Config):
     """The configuration of a model. Raises UsageError if it cannot do what is asked of it."""
-    if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
+    if Path(name, "adapter_config.json").is_file():
         raise UsageError(f"{name} is a LoRA adapter: merge it first (docs/reward_models.md has the command)")
     try:
         lm_config = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
@@ -1558,18 +1559,17 @@ def check_context(name: str, config: Config) -> None:
     """Raises UsageError if prompts and responses can be longer than the positions of a model allow."""
     lm_config = read_model_config(name, config).get_text_config()
     length = config.max_prompt_length + config.max_response_length
-    context = getattr(lm_config, "max_position_embeddings", None) or length
-    limit = context
+    limit = getattr(lm_config, "max_position_embeddings", None) or length
     ropes = getattr(lm_config, "rope_parameters", None) or {}
     for rope in [ropes, *ropes.values()]:  # they change for all rows of a pass when one row is longer
         if isinstance(rope, dict) and rope.get("rope_type") in ("longrope", "dynamic"):
-            limit = rope.get("original_max_position_embeddings") or context
+            limit = rope.get("original_max_position_embeddings") or limit
     if length > limit:
         raise UsageError(f"max_prompt_length + max_response_length = {length} tokens, but {name} has"
                          f" positions for {limit} that do not depend on the other rows of a pass")
 
 
-def load_tokenizer(config: Config) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(config: Config):
     """Also finds what is wrong with the models before their weights are loaded. Raises UsageError."""
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards
     transformers.utils.logging.disable_progress_bar()
@@ -1596,7 +1596,7 @@ def load_lm(name: str, auto_class: type, config: Config) -> nn.Module:
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": config.trust_remote_code}
+    options = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     try:
         lm = one_rank_first(auto_class.from_pretrained, name, **options).to(device).eval()
     except (OSError, ValueError) as error:
@@ -1618,14 +1618,14 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     from peft import LoraConfig
 
     torch.manual_seed(config.seed)  # peft initialises A from the global generator
-    alpha = 2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    targets = [target.strip() for target in config.lora_target.split(",")]
-    for target in targets:
-        layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
-        if target not in ("all", "all-linear") and (not layers or lm.get_output_embeddings() in layers):
-            raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
-    if targets in (["all"], ["all-linear"]):
-        targets = "all-linear"
+    alpha = config.lora_alpha or 2 * config.lora_rank
+    targets = "all-linear"
+    if config.lora_target not in ("all", "all-linear"):
+        targets = [target.strip() for target in config.lora_target.split(",")]
+        for target in targets:
+            layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
+            if not layers or lm.get_output_embeddings() in layers:
+                raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     for name in names:
         with warnings.catch_warnings(action="ignore"):  # peft's, that there are two of them
@@ -1665,7 +1665,7 @@ def read_rows(source: str, split: str) -> list[dict]:
                 table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
             rows = table.to_dict("records")
         elif path.suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train").to_list()
+            rows = datasets.Dataset.from_parquet(source).to_list()
         elif path.is_dir():
             saved = datasets.load_from_disk(source)
             if isinstance(saved, dict) and split not in saved:
@@ -1749,10 +1749,11 @@ def make_example(
 ) -> Example:
     """Raises ValueError, or what the tokenizer and its template raise, if the row cannot be used."""
     value = row.get(prompt_column)
-    if isinstance(value, str) and prompt_column == "question" and config.reward == "gsm8k":
-        value = f"{value} {GSM8K_INSTRUCTION}"
-    if isinstance(value, str) and prompt_column == "instruction" and row.get("input"):
-        value = f"{value}\n{row['input']}"
+    if isinstance(value, str):
+        if prompt_column == "question" and config.reward == "gsm8k":
+            value = f"{value} {GSM8K_INSTRUCTION}"
+        if prompt_column == "instruction" and row.get("input"):
+            value = f"{value}\n{row['input']}"
     messages = read_messages(value)
     answer = read_answer(row.get(answer_column))
     while messages[-1]["role"] == "assistant":
@@ -1825,8 +1826,9 @@ def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Exampl
         raise UsageError(f"{config.dataset}: {len(train)} prompts, but train_batch_size is"
                          f" {config.train_batch_size}: {fitting_sizes(len(train), config)}")
     source = config.eval_dataset
-    if source is None and config.dataset.split(":")[0] in ("demo", "gsm8k", "openai/gsm8k"):
-        source = config.dataset.split(":")[0]
+    name = config.dataset.split(":")[0]
+    if source is None and name in ("demo", "gsm8k", "openai/gsm8k"):
+        source = name
     evals = []
     if source is not None and config.eval_every > 0:
         rows = read_rows(source, "test")[: config.eval_size]
@@ -1870,9 +1872,10 @@ def load_function(spec: str, option: str) -> Callable:
     try:
         sys.path.append(str(Path(path).resolve().parent))  # for what it imports
         found = importlib.util.spec_from_file_location(module_name, path)
-        sys.modules[module_name] = importlib.util.module_from_spec(found)
-        found.loader.exec_module(sys.modules[module_name])
-        return getattr(sys.modules[module_name], name)
+        module = importlib.util.module_from_spec(found)
+        sys.modules[module_name] = module
+        found.loader.exec_module(module)
+        return getattr(module, name)
     except Exception as error:
         traceback.print_exc()
         raise UsageError(f"{option} {spec} cannot be loaded: {error!r}") from error
@@ -1901,42 +1904,39 @@ def raise_on_all_ranks(problem: str | None) -> None:
         raise UsageError(problem or "another rank has failed")
 
 
-class RewardModel:
+def load_reward_model(name: str, config: Config) -> Callable:
     """A sequence-classification model with one output, which reads conversations with its own tokenizer."""
-
-    def __init__(self, name: str, config: Config):
-        self.lm = load_lm(name, AutoModelForSequenceClassification, config)
-        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-        context = getattr(self.lm.config.get_text_config(), "max_position_embeddings", 2**20)
-        self.limit = min(context, self.tokenizer.model_max_length)
-        self.budget = config.micro_batch_tokens
-        print(f"reward model: {name}, {self.limit} tokens (longer conversations lose their beginning)")
+    lm = load_lm(name, AutoModelForSequenceClassification, config)
+    lm_config = lm.config.get_text_config()
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    limit = min(getattr(lm_config, "max_position_embeddings", 2**20), tokenizer.model_max_length)
+    print(f"reward model: {name}, {limit} tokens (longer conversations lose their beginning)")
 
     @torch.no_grad()
-    def __call__(self, examples: list[Example], responses: list[str]) -> tuple[list[float], dict[str, list]]:
-        """Scores, and which conversations had to be cut at their beginning."""
+    def reward(examples: list[Example], responses: list[str]) -> tuple[Tensor, dict]:
         ids = []
+        truncated = []
         for example, response in zip(examples, responses, strict=True):
             talk = [*example.messages, {"role": "assistant", "content": response}]
-            ids.append(render(talk, self.tokenizer, is_prompt=False))
+            tokens = render(talk, tokenizer, is_prompt=False)
+            ids.append(tokens[-limit:])
+            truncated.append(len(tokens) > limit)
+        scores = torch.zeros(len(ids))
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        size = max(1, self.budget // min(len(ids[by_length[-1]]), self.limit))
-        scores = [0.0] * len(ids)
+        size = max(1, config.micro_batch_tokens // len(ids[by_length[-1]]))
         for start in range(0, len(ids), size):
-            batch = by_length[start : start + size]
-            for i, score in zip(batch, self.score([ids[i][-self.limit :] for i in batch]), strict=True):
-                scores[i] = score
-        return scores, {"truncated": [float(len(x) > self.limit) for x in ids]}
+            rows = by_length[start : start + size]
+            # a decoder's head reads the last token that is not padding: no row may end with the pad token
+            last_tokens = {ids[i][-1] for i in rows}
+            pad = next(i for i in range(len(rows) + 1) if i not in last_tokens)
+            lm_config.pad_token_id = pad
+            batch = [torch.tensor(ids[i], device=lm.device) for i in rows]
+            mask = pad_sequence([torch.ones_like(x) for x in batch], batch_first=True)
+            batch = pad_sequence(batch, batch_first=True, padding_value=pad)
+            scores[rows] = lm(input_ids=batch, attention_mask=mask).logits[:, 0].float().cpu()
+        return scores, {"truncated": truncated}
 
-    def score(self, sequences: list[list[int]]) -> list[float]:
-        """A decoder's head reads the last token that is not padding: no row may end with the pad token."""
-        last_tokens = {sequence[-1] for sequence in sequences}
-        pad = next(i for i in range(len(last_tokens) + 1) if i not in last_tokens)
-        self.lm.config.get_text_config().pad_token_id = pad
-        rows = [torch.tensor(sequence, device=self.lm.device) for sequence in sequences]
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return self.lm(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+    return reward
 
 
 def load_reward(config: Config) -> Callable:
@@ -1949,7 +1949,7 @@ def load_reward(config: Config) -> Callable:
     elif spec.endswith(".py"):
         raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
     elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
-        return RewardModel(spec, config)
+        return load_reward_model(spec, config)
     else:
         raise UsageError(f"reward {spec!r} is neither gsm8k, nor FILE.py:function, nor a sequence classifier")
 
@@ -1963,7 +1963,7 @@ def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -
     return [score_gsm8k_strict(*pair) for pair in zip(responses, answers, strict=True)]
 
 
-def read_scores(result, count: int) -> tuple[list[float], dict[str, list[float]]]:
+def read_scores(result, count: int) -> tuple[list, dict]:
     """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
     scores, measured = result if isinstance(result, tuple) else (result, {})
     columns = {**measured, "score": scores}
@@ -2007,6 +2007,7 @@ def union_over_ranks(names: list[str]) -> list[str]:
 
 def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of x [B] over all ranks, and its standard error."""
+    x = x.double()
     everyone = torch.ones_like(x)
     mean = masked_mean(x, everyone)
     count = sum_over_ranks(everyone.sum())
@@ -2021,11 +2022,12 @@ def evaluate(
     scores, measured = score_responses(reward, examples, rollout.texts)
     rollout.scores = scores.to(rollout.mask.device)
     metrics = {f"eval/{name}": x for name, x in measured.items()}
-    metrics["eval/score"], metrics["eval/standard_error"] = mean_and_error(scores.double())
+    metrics["eval/score"], metrics["eval/standard_error"] = mean_and_error(scores)
     if config.reward == "gsm8k":
-        answers = [example.answer for example in examples]
-        flexible = [score_gsm8k_flexible(*pair) for pair in zip(rollout.texts, answers, strict=True)]
-        accuracy, error = mean_and_error(torch.tensor(flexible, dtype=torch.float64))
+        flexible = []
+        for response, example in zip(rollout.texts, examples, strict=True):
+            flexible.append(score_gsm8k_flexible(response, example.answer))
+        accuracy, error = mean_and_error(torch.tensor(flexible))
         metrics["eval/accuracy"] = metrics["eval/score"]
         metrics["eval/accuracy_flexible"] = accuracy
         metrics["eval/standard_error_flexible"] = error
@@ -2062,7 +2064,6 @@ def describe_samples(rollout: Rollout, split: str, count: int, models: Models) -
 # ---- The folder of a run ---------------------------------------------------------------------------------
 
 
-LAUNCHER = ["deepspeed"]
 TAKEN_NAMES = "score_std kl kl_sequence kl_coef accuracy accuracy_flexible standard_error".split()
 CURVES = {  # metric -> unit
     "eval/score": "mean over rows", "reward/score": "mean over responses", "reward/kl": "nats per token",
@@ -2101,9 +2102,10 @@ def printable(text: str) -> str:
 def lock_folder(folder: Path):
     """Makes the folder of a run and keeps others out of it. Returns the open lock. Raises UsageError."""
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / ".lock").exists():
+    path = folder / ".lock"
+    if any(folder.iterdir()) and not path.exists():
         raise UsageError(f"{folder} is not empty and not the folder of a run: choose another output_dir")
-    lock = open(folder / ".lock", "a+")
+    lock = open(path, "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -2119,7 +2121,7 @@ def default_folder(config: Config) -> str:
     return f"output/{Path(__file__).stem}-{data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """The folder of a run, with its lock, table, samples, summary and tracker; and the console."""
 
     def __init__(self, config: Config, total: int):
@@ -2128,15 +2130,16 @@ class Run:
         self.total = total
         self.start = None  # the step it begins at
         self.table = pandas.DataFrame()
-        self.said: set[str] = set()  # by check_health
+        self.said = set()  # by check_health
         self.settings_history = [{"step": 0, "config": asdict(config)}]
+        self.is_tracked = config.track == "wandb"
         self.tracker = None
         self.tracker_id = f"{time.time_ns():x}"
         if RANK == 0:
             self.lock = lock_folder(self.folder)
         self.checkpoint = from_rank_0(find_checkpoint, self.folder, config.resume)
         self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
-        self.command = shlex.join([*LAUNCHER, *sys.argv])  # what continues this run
+        self.command = f"deepspeed {shlex.join(sys.argv)}"  # what continues this run
         if not config.output_dir:
             self.command += f" --output_dir {self.folder}"
 
@@ -2162,8 +2165,6 @@ class Run:
         if self.folder.parent == link.parent and (link.is_symlink() or not link.exists()):
             link.unlink(missing_ok=True)
             link.symlink_to(self.folder.name)
-        if self.config.track == "wandb":
-            self.start_tracker()
         self.write_summary("running")
 
     def restore_logs(self, start: int) -> pandas.DataFrame:
@@ -2179,9 +2180,8 @@ class Run:
             try:
                 table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
                 table = table.loc[:start]
-                text = samples.read_text()
-                text = text[: text.rfind("\n") + 1]  # a kill may have left half a line
-                lines = [x for x in text.splitlines(True) if json.loads(x)["step"] <= start]
+                with open(samples) as file:  # a kill may have left half a line
+                    lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
             except (OSError, ValueError, KeyError) as error:
                 problem = f"the logs cannot be read and begin anew: {error}"
         elif log.exists():
@@ -2203,11 +2203,17 @@ class Run:
         self, step: int, models: Models, reward: Callable, examples: list[Example], kl_coef: float
     ) -> None:
         """Also when the run was stopped before the evaluation of the step that it is resumed from."""
-        is_missing = pandas.isna(self.table.get("eval/score", pandas.Series()).get(step))
-        if examples and is_missing and (step == self.total or step % self.config.eval_every == 0):
-            with self.saving_on_error(step, models, kl_coef):
-                results = evaluate(models, reward, examples, kl_coef, self.config)
-            self.log_evaluation(step, *results)
+        is_done = step in [row["step"] for row in self.evaluations()]
+        if is_done or not examples or (step < self.total and step % self.config.eval_every):
+            return
+        with self.saving_on_error(step, models, kl_coef):
+            metrics, samples = evaluate(models, reward, examples, kl_coef, self.config)
+        metrics = self.add(step, metrics, samples)
+        response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
+        error = metrics["eval/standard_error"]
+        tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
+        tqdm.write(response[: shutil.get_terminal_size().columns - 1])
+        self.draw_curves()
 
     def is_save_due(self, step: int) -> bool:
         every = self.config.save_every
@@ -2222,13 +2228,23 @@ class Run:
         write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        if self.is_tracked:
+            self.track(step, metrics)
+        return metrics
+
+    def track(self, step: int, metrics: dict[str, float]) -> None:
+        """Sends them to wandb, whose failure does not end the run."""
         try:
-            if self.tracker:
-                self.tracker.log(metrics, step=step)
+            import wandb
+
+            if self.tracker is None:
+                self.tracker = wandb.init(
+                    project="ppo_llm", name=self.folder.name, config=asdict(self.config),
+                    id=self.tracker_id, resume="allow")
+            self.tracker.log(metrics, step=step)
         except Exception as error:
             warn(f"wandb has failed, the run goes on without it: {error}")
-            self.tracker = None
-        return metrics
+            self.is_tracked = False
 
     def log_step(
         self, step: int, metrics: dict, rollout: Rollout, models: Models, seconds: float
@@ -2237,36 +2253,17 @@ class Run:
         metrics["time/tokens_per_second"] = metrics["rollout/tokens"] / seconds
         metrics = self.add(step, metrics, describe_samples(rollout, "train", 2, models))
         check_health(metrics, step - 1, self.said)
-        left = (time.perf_counter() - self.began) / (step - self.start) * (self.total - step)
+        done = step - self.start
+        left = (time.perf_counter() - self.began) / done * (self.total - step)
         cells = {"step": f"{step}/{self.total}"}
         for title, name in COLUMNS.items():
             cells[title] = f"{metrics[name]:.3g}" if name in metrics else "-"
         cells["seconds"] = f"{seconds:.1f}"
-        cells["ETA"] = time.strftime("%H:%M:%S", time.gmtime(left))
-        titles = list(cells)[: shutil.get_terminal_size().columns // 10]
-        if (step - self.start) % 20 == 1:
-            tqdm.write("".join(f"{title:>10}" for title in titles))
-        tqdm.write("".join(f"{cells[title]:>10}" for title in titles))
-
-    def log_evaluation(self, step: int, metrics: dict, samples: list[dict]) -> None:
-        """A line of its own with the standard error, one sample, and the curves."""
-        metrics = self.add(step, metrics, samples)
-        width = shutil.get_terminal_size().columns
-        response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
-        error = metrics["eval/standard_error"]
-        tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
-        tqdm.write(response[: width - 1])
-        self.draw_curves()
-
-    def start_tracker(self) -> None:
-        """wandb, whose failure does not end the run."""
-        try:
-            import wandb
-
-            self.tracker = wandb.init(project="ppo_llm", name=self.folder.name, config=asdict(self.config),
-                                      id=self.tracker_id, resume="allow")
-        except Exception as error:
-            warn(f"wandb cannot be started, the run goes on without it: {error}")
+        cells["ETA"] = tqdm.format_interval(left)
+        width = shutil.get_terminal_size().columns // 10 * 10
+        if done % 20 == 1:
+            tqdm.write("".join(f"{title:>10}" for title in cells)[:width])
+        tqdm.write("".join(f"{cell:>10}" for cell in cells.values())[:width])
 
     def is_stopping(self) -> bool:
         """Whether a signal has asked any rank to stop."""
@@ -2289,9 +2286,6 @@ class Run:
             if step > self.start:
                 save_checkpoint(self, step, models, kl_coef)
             raise
-
-    def __enter__(self) -> "Run":
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         if RANK:
@@ -2345,7 +2339,7 @@ class Run:
             if name in self.table:
                 curve = self.table[name].dropna()
                 errors = self.table["eval/standard_error"].dropna() if name == "eval/score" else None
-                axis.errorbar(curve.index, curve, errors, marker="o" if len(curve) < 30 else None, capsize=3)
+                axis.errorbar(curve.index, curve, errors, marker=".", capsize=3)
         figure.savefig(self.folder / "training_curves.png", dpi=80)
 
     def print_end(self) -> None:
@@ -2414,9 +2408,9 @@ def save_checkpoint(run: Run, step: int, models: Models, kl_coef: float) -> None
         return
     state = {"step": step, "kl_coef": kl_coef, "first_prompt": run.first_prompt, "tracker_id": run.tracker_id,
              "settings_history": run.settings_history, "config": asdict(run.config)}
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
+    (temporary / "state.json").write_text(json.dumps(state))
     hashes = {path.name: file_hash(path) for path in temporary.iterdir()}
-    (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
+    (temporary / "hashes.json").write_text(json.dumps(hashes))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
     for old in checkpoints(run.folder)[: -run.config.save_total_limit]:
@@ -2429,10 +2423,11 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     changes = []
     for name, new in asdict(run.config).items():
         old = state["config"].get(name)
-        if old != new and (name in STRUCTURE or (run.config.lora_rank and name == "model")):
+        if old == new or name in ("output_dir", "resume"):
+            continue
+        if name in STRUCTURE or (run.config.lora_rank and name == "model"):
             raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
-        if old != new and name not in ("output_dir", "resume"):
-            changes.append(f"{name} {old} → {new}")
+        changes.append(f"{name} {old} → {new}")
     models.actor.load(run.checkpoint / "actor.safetensors")
     if models.critic:
         models.critic.load(run.checkpoint / "critic.safetensors")
@@ -2476,10 +2471,8 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
         return
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
-    lm_config.dtype = torch.float32
+    lm_config.dtype = torch.float32 if critic.adapter else critic.lm.dtype
     lm_config.pad_token_id = tokenizer.pad_token_id
-    if lm_config.pad_token_id is None:
-        lm_config.pad_token_id = tokenizer.eos_token_id
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
     if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
@@ -2492,8 +2485,6 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     for name, layer in critic.lm.base_model.named_modules():
         if hasattr(layer, "get_delta_weight"):
             weights[f"{name}.weight"] = weights[f"{name}.weight"].float() + layer.get_delta_weight("critic")
-    if critic.adapter is None:
-        model.to(critic.lm.dtype)
     model.base_model.load_state_dict(weights)
     model.score.weight.data.copy_(critic.value_head.weight)
     model.save_pretrained(folder)
@@ -2515,10 +2506,9 @@ def read_options(path: str) -> list[str]:
         options = options.get("config", options)
     if not isinstance(options, dict):
         raise UsageError(f"config {path}: there are no options")
-    types = {x.name: x.type for x in fields(Config)}
     arguments = []
     for name, x in options.items():
-        if types.get(name) is bool and isinstance(x, bool):
+        if isinstance(x, bool) and Config.__annotations__.get(name) is bool:
             arguments.append(f"--{name}" if x else f"--no_{name}")
         elif name not in ("output_dir", "resume"):
             arguments.append(f"--{name}={x}")
@@ -2528,7 +2518,6 @@ def read_options(path: str) -> list[str]:
 def print_help(defaults: Config) -> None:
     """The options of Config in its groups; the comments in its source explain them."""
     print(f"{__doc__.split('    for step')[0]}Options (--config FILE.json or .yaml reads them from a file):")
-    types = {x.name: x.type for x in fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         heading = re.fullmatch(r"    # (.+)", line)
         option = re.fullmatch(r"    (\w+): (.+) = .+?  # (.+)", line)
@@ -2536,10 +2525,11 @@ def print_help(defaults: Config) -> None:
             print(f"\n{heading[1]}")
         elif option:
             name, kind, text = option.groups()
-            if types[name] is bool:
+            choices = typing.get_args(Config.__annotations__[name])
+            if kind == "bool":
                 kind = f"(--no_{name})"
-            elif typing.get_origin(types[name]) is Literal:
-                kind = f"{{{','.join(typing.get_args(types[name]))}}}"
+            elif choices and "None" not in kind:
+                kind = f"{{{','.join(choices)}}}"
             print(f"  --{name} {kind}\n      {text} Default: {getattr(defaults, name)}.")
 
 
@@ -2582,16 +2572,13 @@ def start() -> int:
     try:
         main(read_config(sys.argv[1:]))
         return 0
-    except UsageError as error:
-        reason = str(error)
     except torch.OutOfMemoryError:
         reason = ("out of memory: lower --micro_batch_tokens or --rollout_slots, add"
                   " --gradient_checkpointing, or train adapters with --lora_rank (docs/memory.md)")
-    except (OSError, SafetensorError) as error:
-        reason = str(error)  # a full disk, a folder that cannot be written
+    except (UsageError, OSError, SafetensorError) as error:  # a full disk, a folder that cannot be written
+        reason = str(error)
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame.name for frame in frames if frame.filename == __file__]
+        ours = [x.name for x in traceback.extract_tb(error.__traceback__) if x.filename == __file__]
         traceback.print_exc()
         print(f"rank {RANK} failed in {ours[:3][-1]}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once, without waiting for the other ranks

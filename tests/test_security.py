@@ -18,7 +18,7 @@ import transformers
 from conftest import make_config, make_lm, make_models, make_tokenizer, save_folder
 
 import ppo_llm
-from ppo_llm import Config, UsageError
+from ppo_llm import Config, Example, UsageError
 
 ROOT = Path(ppo_llm.__file__).parent
 SCRIPTS = ["ppo_llm.py", "ppo_llm_multigpu.py", "ppo_classic.py"]
@@ -284,8 +284,6 @@ def test_a_tracker_gets_the_settings_and_the_numbers_and_no_text(run, monkeypatc
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     tracked = ppo_llm.Run(make_config(folder, output_dir=str(tmp_path / "run"), track="wandb"), 1)
-    tracked.tracker = None
-    tracked.start_tracker()
     tracked.add(1, {"reward/score": 1.0}, [{"prompt": "a private prompt", "response": "a private response"}])
     tracked.lock.close()
     assert sent[0]["config"] == dataclasses.asdict(tracked.config) and sent[1:] == [{"reward/score": 1.0}]
@@ -326,7 +324,8 @@ class Log(ppo_llm.Run):
     def __init__(self, folder: Path):
         self.folder = folder
         self.table = ppo_llm.pandas.DataFrame()
-        self.tracker = None
+        self.is_tracked = False
+        self.total = 1
         self.config = Config(model="m")
 
 
@@ -335,7 +334,8 @@ def test_a_response_on_the_console_is_escaped_and_cut_to_the_terminal(tmp_path, 
     monkeypatch.setenv("COLUMNS", "60")
     metrics = {"eval/score": 0.5, "eval/standard_error": 0.1}
     sample = {"score": 1.0, "prompt": ESCAPES, "response": ESCAPES + "x" * 1000}
-    Log(tmp_path).log_evaluation(0, metrics, [sample])
+    monkeypatch.setattr(ppo_llm, "evaluate", lambda *_: (metrics, [sample]))
+    Log(tmp_path).evaluate_if_due(0, None, None, [Example("a", "", [1])], 0.0)
     shown = capsys.readouterr().out
     lines = shown.splitlines()
     assert is_harmless(shown) and len(lines) == 2 and max(map(len, lines)) < 60
@@ -350,7 +350,6 @@ def test_the_first_prompt_and_the_stop_tokens_are_escaped(capsys):
     row = {"prompt": ESCAPES.replace("\x00", ""), "answer": "1"}
     examples = ppo_llm.make_examples([row], tokenizer, Config(reward="f.py:f"), "SOURCE", True)
     log = Log(Path("F"))
-    log.total = 1
     log.command = "python"
     log.print_plan(tokenizer, examples, [])
 
