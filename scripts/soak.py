@@ -4,10 +4,11 @@
     python scripts/soak.py --steps 200 --processes 2                # ppo_llm_multigpu.py under torchrun
     python scripts/soak.py --steps 100 --shortest 0 --longest 3     # a short one
 
-First an undisturbed run, whose resident memory is measured; then the same command in another folder, which gets
-a kill -9, a Ctrl-C or a SIGTERM some seconds after the first step that a start has finished, and is started again.
-Compared are training_metrics.csv but its times, samples.jsonl and all weights and optimizer states. Written are
-NAME_events.csv (one row per start), NAME_memory.csv and NAME.json; the exit code is 1 if a promise is broken.
+First an undisturbed run, whose resident memory is measured; then the same command in another folder. It gets
+a kill -9, a Ctrl-C or a SIGTERM some seconds after the first step that a start has finished, and is started
+again. Compared are training_metrics.csv but its times, samples.jsonl and all weights and optimizer states.
+Written are NAME_events.csv (one row per start), NAME_memory.csv and NAME.json. The exit code is 1 if a
+promise is broken.
 """
 
 import csv
@@ -22,7 +23,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -64,10 +64,11 @@ def make_model(folder: Path) -> None:
 def make_command(run_dir: Path, model: Path, soak: Soak) -> list[str]:
     flags = {
         "model": model, "dataset": model / "prompts.jsonl", "eval_dataset": model / "prompts.jsonl",
-        "reward": f"{model / 'reward.py'}:coin", "device": "cpu", "train_batch_size": 8, "ppo_mini_batch_size": 4,
-        "max_prompt_length": 16, "max_response_length": 8, "total_steps": soak.steps, "lr": 1e-4, "critic_lr": 1e-3,
-        "kl_ctrl_type": "adaptive", "lr_schedule": "cosine", "eval_every": soak.eval_every,
-        "save_every": soak.save_every, "output_dir": run_dir,
+        "reward": f"{model / 'reward.py'}:coin", "device": "cpu", "train_batch_size": 8,
+        "ppo_mini_batch_size": 4, "max_prompt_length": 16, "max_response_length": 8,
+        "total_steps": soak.steps, "lr": 1e-4, "critic_lr": 1e-3, "lr_schedule": "cosine",
+        "kl_ctrl_type": "adaptive", "eval_every": soak.eval_every, "save_every": soak.save_every,
+        "output_dir": run_dir,
     }
     command = [sys.executable, str(ROOT / "ppo_llm.py")]
     if soak.processes > 1:
@@ -114,7 +115,8 @@ def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list
         if step is not None and step < soak.steps and size > 0:  # the export at the end is another matter
             memory.append((step, size))
     if process.returncode != 0:
-        raise RuntimeError(f"the undisturbed run ended with {process.returncode}: {console.read_text()[-2000:]}")
+        tail = console.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the undisturbed run ended with {process.returncode}: {tail}")
     return memory, time.monotonic() - began
 
 
@@ -207,7 +209,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def growth_after(memory: list[tuple[int, float]], step: int) -> float | None:
-    """Largest resident memory from this step on over that at this step, minus 1; None: nothing was measured."""
+    """Largest resident memory from this step on over that at this step, minus 1; None: not measured."""
     later = [size for at, size in memory if at >= step]
     return max(later) / later[0] - 1 if later else None
 
@@ -226,7 +228,8 @@ def main(soak: Soak) -> int:
     make_model(folder / "model")
     command = make_command(folder / "undisturbed", folder / "model", soak)
     memory, seconds = run_undisturbed(command, folder / "console_undisturbed.txt", soak)
-    events = run_disturbed(make_command(folder / "disturbed", folder / "model", soak), folder / "disturbed", soak)
+    command = make_command(folder / "disturbed", folder / "model", soak)
+    events = run_disturbed(command, folder / "disturbed", soak)
     broken = [f"start {event['start']}: {fault}" for event in events for fault in faults(event, soak)]
     different = differences(folder / "undisturbed", folder / "disturbed")
     broken += [f"not the same: {name}" for name in different]
@@ -247,4 +250,4 @@ def main(soak: Soak) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Annotated[Soak, tyro.conf.arg(name="")], description=__doc__, use_underscores=True)))
+    sys.exit(main(tyro.cli(Soak, description=__doc__, use_underscores=True)))
