@@ -27,7 +27,6 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 EXIT_CODES = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}
 
 
@@ -80,7 +79,7 @@ def make_command(run_dir: Path, model: Path, soak: Soak) -> list[str]:
 
 
 def launch(command: list[str], console: Path) -> subprocess.Popen:
-    """A start in a process group of its own, so that a kill reaches all ranks."""
+    """A start in a process group of its own, as a terminal makes them."""
     with open(console, "w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -91,16 +90,26 @@ def last_step(console: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
-def resident(pid: int) -> float:
-    """MiB of a process and its descendants; 0 if it has ended."""
+def family(pid: int) -> list[int]:
+    """A process and its descendants; torchrun's ranks have sessions of their own."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
-        return 0.0
-    size = re.search(r"VmRSS:\s+(\d+) kB", status)
-    own = int(size[1]) / 1024 if size else 0.0
-    return own + sum(resident(int(child)) for child in children)
+        children = []
+    found = [pid]
+    for child in children:
+        found += family(int(child))
+    return found
+
+
+def resident(pid: int) -> float:
+    """MiB of a process and its descendants; 0 if it has ended."""
+    total = 0.0
+    for member in family(pid):
+        status = Path(f"/proc/{member}/status")
+        size = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
+        total += int(size[1]) / 1024 if size else 0.0
+    return total
 
 
 def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list[tuple[int, float]], float]:
@@ -121,11 +130,14 @@ def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list
 
 
 def disturb(process: subprocess.Popen, name: str) -> None:
-    """As from outside: kill -9 and a terminal's Ctrl-C reach the whole process group, SIGTERM the process."""
-    if name == "SIGTERM":
-        process.send_signal(SIGNALS[name])
+    """As from outside: kill -9 of all ranks, a terminal's Ctrl-C to the group, SIGTERM to what was started."""
+    if name == "SIGKILL":
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGKILL)
+    elif name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
     else:
-        os.killpg(process.pid, SIGNALS[name])
+        process.terminate()
 
 
 def run_once(command: list[str], console: Path, delay: float, name: str) -> dict:
@@ -160,7 +172,7 @@ def run_disturbed(command: list[str], run_dir: Path, soak: Soak) -> list[dict]:
     events = []
     while not events or events[-1]["signal"] != "none":
         delay = choice.uniform(soak.shortest, soak.longest)
-        name = choice.choice(list(SIGNALS))
+        name = choice.choice(list(EXIT_CODES))
         console = run_dir.with_name(f"console_{len(events)}.txt")
         event = {"start": len(events), "delay": round(delay, 1)}
         event |= run_once(command, console, delay, name)
@@ -239,7 +251,7 @@ def main(soak: Soak) -> int:
     injected = [event["signal"] for event in events if event["signal"] != "none"]
     result = {
         "steps": soak.steps, "processes": soak.processes, "save_every": soak.save_every, "seed": soak.seed,
-        "starts": len(events), "faults": {name: injected.count(name) for name in SIGNALS},
+        "starts": len(events), "faults": {name: injected.count(name) for name in EXIT_CODES},
         "bitwise_equal": not different, "seconds_undisturbed": round(seconds, 1),
         "memory_growth": growth, "broken": broken}
     write_csv(soak.folder / f"{soak.name}_events.csv", events)
