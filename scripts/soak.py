@@ -11,6 +11,7 @@ Written are NAME_events.csv (one row per start), NAME_memory.csv and NAME.json. 
 promise is broken.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -106,9 +107,9 @@ def resident(pid: int) -> float:
     """MiB of a process and its descendants; 0 if it has ended."""
     total = 0.0
     for member in family(pid):
-        status = Path(f"/proc/{member}/status")
-        size = re.search(r"VmRSS:\s+(\d+) kB", status.read_text()) if status.exists() else None
-        total += int(size[1]) / 1024 if size else 0.0
+        with contextlib.suppress(OSError):  # it may just have ended
+            size = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{member}/status").read_text())
+            total += int(size[1]) / 1024 if size else 0.0
     return total
 
 
@@ -130,10 +131,11 @@ def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list
 
 
 def disturb(process: subprocess.Popen, name: str) -> None:
-    """As from outside: kill -9 of all ranks, a terminal's Ctrl-C to the group, SIGTERM to what was started."""
+    """As from outside: kill -9 of all ranks, a terminal's Ctrl-C to its group, SIGTERM to the launcher."""
     if name == "SIGKILL":
         for pid in family(process.pid):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     elif name == "SIGINT":
         os.killpg(process.pid, signal.SIGINT)
     else:
