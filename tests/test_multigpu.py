@@ -55,11 +55,12 @@ def test_the_flags_make_deepspeeds_configuration_and_a_file_replaces_entries(tmp
     # what the flags say, and what the sums of gradients rest on, no file can change
     assert changed["zero_optimization"]["stage"] == 2 and changed["gradient_clipping"] == 1.0
     assert changed["bf16"] == {"enabled": False} and changed["managed_gradient_accumulation"] is False
+    with pytest.raises(OSError, match="missing.json"):  # start() shows it as a sentence
+        twin.deepspeed_config(twin.Config(ds_config="missing.json"), torch.float32)
 
 
 @pytest.mark.parametrize(("sentence", "changes"), [
     ("train_batch_size = 7 must divide by 2", {"train_batch_size": 7, "ppo_mini_batch_size": 7}),
-    ("there is no file missing.json", {"ds_config": "missing.json"}),
     ("every rank takes the GPU of its own number", {"device": "mps:0"}),
     ("10 responses per rank", {"critic_early_stop": True, "ppo_epochs": 2, "train_batch_size": 18,
                                "ppo_mini_batch_size": 9}),
