@@ -1375,7 +1375,6 @@ def check_config(config: Config) -> None:
          f"train_batch_size * rollout_n = {c.rollout_size} responses must divide into mini-batches:"
          f" {fitting_sizes(c.train_batch_size, c)}"),
         (c.train_batch_size % WORLD, f"train_batch_size = {c.train_batch_size} must divide by {WORLD}"),
-        (c.ds_config and not Path(c.ds_config).is_file(), f"ds_config: there is no file {c.ds_config}"),
         (":" in c.device, "device: every rank takes the GPU of its own number, so give cuda or cpu"),
         (c.critic_early_stop and c.rollout_size < 10 * WORLD, "critic_early_stop: 10 responses per rank"),
         (c.offload == "optimizer" and c.zero_stage == 0, "offload optimizer needs zero_stage 2 or 3"),
@@ -1511,7 +1510,9 @@ def in_step(passes: Iterator, rollout: Rollout) -> list:
     """The passes, and as many without weight as another rank has more: each backward adds up all ranks'."""
     passes = list(passes)
     nothing = rollout.take([0])
-    vars(nothing).update({k: torch.zeros_like(x) for k, x in vars(nothing).items() if isinstance(x, Tensor)})
+    for name, x in vars(nothing).items():
+        if isinstance(x, Tensor):
+            setattr(nothing, name, torch.zeros_like(x))
     most = int(max_over_ranks(torch.tensor(len(passes))))
     return passes + [([], nothing)] * (most - len(passes))
 
@@ -2590,8 +2591,7 @@ def start() -> int:
     except (OSError, SafetensorError) as error:
         reason = str(error)  # a full disk, a folder that cannot be written
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame.name for frame in frames if frame.filename == __file__]
+        ours = [x.name for x in traceback.extract_tb(error.__traceback__) if x.filename == __file__]
         traceback.print_exc()
         print(f"rank {RANK} failed in {ours[:3][-1]}: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # at once, without waiting for the other ranks
