@@ -5,36 +5,43 @@
     torchrun --nproc_per_node 2 ppo_llm_multigpu.py --device cpu        # the demo in two processes, no GPU
 
     for step in range(total_steps):
-        rollout = generate(policy, prompts)                          responses and their old_logprobs
-        scores = reward(prompts, responses)                          one number per response
-        rewards = compute_rewards(scores, kl, kl_coef)               on the last token, minus kl_coef * kl
-        advantages, returns = compute_advantages(rewards, values)    GAE, or critic-free baselines
-        for epoch, mini_batch in rollout:
-            critic_loss = clipped_value_loss(values, old_values, returns)
-            actor_loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy
-        kl_controller.update(kl)                                     adaptive KL, when asked
+        collect_rollout(models, reward, prompts):
+            responses, old_logprobs = generate(policy, prompts)
+            scores = reward(prompts, responses)                              one number per response
+            old_values = forward(critic, responses)
+            kl = estimate_kl(old_logprobs, ref_logprobs)
+            rewards = compute_rewards(scores, kl, kl_coef)                   on the last token, minus KL
+            advantages, returns = compute_advantages(rewards, old_values)    GAE, or critic-free baselines
+        update("critic"), for each epoch and mini-batch of the rollout:
+            loss = clipped_value_loss(values, old_values, returns)
+        update("actor"), for each epoch and mini-batch of the rollout:
+            loss = clipped_policy_loss(logprobs, old_logprobs, advantages) - entropy_coeff * entropy (+ KL)
+        kl_controller.update(kl)                                             moves kl_coef, when asked
 
 Options, formulas, models, rollout, update and main are the algorithm; what every training script needs
 (checks, data, rewards, logs) comes after them.
 
-Shapes: B responses, T response tokens, N response tokens of a micro-batch in one row, H hidden size,
-V vocabulary. [B, T] tensors are fp32, right-padded, 0 where `mask` is 0; index t of values and logprobs is
-the state before token t.
+Shapes: B responses, T tokens of the longest response, N response tokens of a micro-batch, concatenated, H
+hidden size, V vocabulary. [B, T] tensors are fp32, right-padded, 0 where `mask` is 0. values[:, t] is V of
+the state before token t; logprobs[:, t] is the log-prob of token t.
 
 Where this differs from the papers and from other code, on purpose:
-1. A loss is a weighted sum whose weights are known before the mini-batch is cut (`loss_weights`):
-   micro-batch size and padding change memory and speed, never the result. Policy, value, entropy and KL
-   losses share the weights.
-2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero: V = 0, not noise, at first.
+1. A loss is a weighted sum whose weights are known before a mini-batch is cut into micro-batches
+   (`loss_weights`): their size and the padding change the result only by rounding. Policy, value, entropy
+   and KL losses share the weights.
+2. Dual clip (arXiv:1912.09729) is on, c = 3. The value head starts at zero, so V = 0 and not noise at first,
+   unless critic_model has a score head: that is kept.
 3. Log-probs, entropy and KL are of the policy that samples: logits divided by the temperature; no top-p,
    no top-k.
 4. A response cut at max_response_length counts as ended: V = 0 after it, nothing is bootstrapped (as verl
    and TRL).
-5. Critic-free advantages use rewards that contain the KL, in verl's order; rloo_vectorized is rloo.
+5. Critic-free advantages are computed after the KL is subtracted from the rewards, as in verl;
+   rloo_vectorized is an alias of rloo.
 6. Prompt order, sampling noise and shuffles are functions of (seed, step): resuming needs no
    random-number state.
-7. Where log-probs are scored anew (bf16, or a rollout hook), tokens are weighted by truncated importance
-   sampling (`importance_weights`); the published GSM8K run had none. --rollout_is_cap None turns it off.
+7. Where log-probs are scored anew (bf16, or a rollout hook), the policy loss of a token is multiplied by a
+   truncated importance weight (`importance_weights`); the published GSM8K run had none of them.
+   --rollout_is_cap None turns it off.
 """
 
 import argparse
@@ -92,7 +99,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
 GSM8K_INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
-LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once: 256 MB
+LOGITS_PER_CHUNK = 2**26  # fp32 logits that exist at once, 256 MB a copy
 KL_ALIASES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 KLPenalty = Literal["k1", "kl", "abs", "k2", "mse", "k3", "low_var_kl", "full"]
 KLLoss = Literal[KLPenalty, "k1+", "kl+", "abs+", "k2+", "mse+", "k3+", "low_var_kl+"]
@@ -285,7 +292,7 @@ def estimate_kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str) -> Tensor:
     """Estimate of KL(policy, reference) at each sampled token (joschu.net/blog/kl-approx.html).
 
     k1 = x = log(policy/reference) is unbiased, abs = |x|, k2 = x^2/2, k3 = exp(-x) - 1 + x is unbiased and at
-    least 0.
+    least 0; it is capped at 10 as in verl, where its gradient is 0.
     A trailing + keeps the value and takes the gradient of k2: in expectation that of KL(policy, reference).
     """
     if kind.endswith("+"):
@@ -347,8 +354,7 @@ def compute_gae(
 ) -> tuple[Tensor, Tensor]:
     """GAE (arXiv:1506.02438): advantages and returns = advantages + values, [B, T], un-whitened.
 
-    Masked tokens are transparent, as in verl: V and the sum pass over them without decay. V = 0 after the
-    last token.
+    Positions where mask is 0 are passed over without decay, as in verl. V = 0 after the last token.
     """
     next_value = torch.zeros_like(values[:, 0])
     next_advantage = torch.zeros_like(values[:, 0])
@@ -404,7 +410,7 @@ def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Ten
     gradient flows through it.
     """
     gap = (old_logprobs - sampled_logprobs).detach().masked_fill(mask == 0, 0.0)
-    return gap.clamp(-20, 20).exp().clamp(max=cap)
+    return gap.clamp(max=20).exp().clamp(max=cap)  # exp must not overflow
 
 
 def clipped_policy_loss(
@@ -414,9 +420,10 @@ def clipped_policy_loss(
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise.
 
     clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most
-    -advantage * clip_c. Returns the loss, the ratio, whether it was clipped, whether clip_c bounded it.
+    -advantage * clip_c. Returns the loss, the ratio, 1 where the clipped term was the larger one, and 1 where
+    clip_c bounded it.
     """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp must not overflow
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
@@ -448,7 +455,8 @@ def clipped_value_loss(
 def loss_weights(mask: Tensor, mode: str, scale: float) -> Tensor:
     """Weights [B, T] of a mini-batch: its loss is (token_loss * weights).sum(), over micro-batches and ranks.
 
-    The two mean modes sum to 1; seq-mean-token-sum is mask / responses, seq-mean-token-sum-norm mask / scale.
+    Those of token-mean and seq-mean-token-mean sum to 1; seq-mean-token-sum is mask / responses,
+    seq-mean-token-sum-norm mask / scale.
     """
     lengths = mask.sum(1, keepdim=True)
     counts = torch.stack([mask.sum(), (lengths > 0).float().sum()])
@@ -485,7 +493,7 @@ def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int
 
 # ---- Models ----------------------------------------------------------------------------------------------
 # Sequences of similar length share a rectangle [B, longest], padded on the right. Attention is causal: no
-# token sees the padding behind its sequence, so no pass needs a mask, and any causal architecture will do.
+# token sees the padding behind its sequence: no pass needs a mask, any causal model with a KV cache will do.
 # Models stay in eval mode, in training too: with dropout or router noise the first ratio would not be 1.
 
 
@@ -558,7 +566,7 @@ def whole_weights(*models: LanguageModel | None) -> contextlib.AbstractContextMa
 
 
 class Learner:
-    """A model and its optimizer: nothing else touches an optimizer, a .grad or a weight file."""
+    """A model and its optimizer: nothing else touches an optimizer, a .grad or a checkpoint's weights."""
 
     def __init__(self, model: LanguageModel, lr: float, critic_lr: float, config: Config):
         self.model = model
@@ -968,6 +976,7 @@ def score_tokens(
     return results
 
 
+@torch.no_grad()
 def respond(
     models: Models, examples: list[Example], config: Config, generator: torch.Generator | None
 ) -> Rollout:
@@ -977,7 +986,7 @@ def respond(
     with whole_weights(policy):
         responses, logprobs = models.generate(policy, prompts, models.stop_ids, config, generator)
     if config.rollout != "builtin":
-        raise_on_all_ranks(find_fault(responses, logprobs, len(prompts), policy.num_tokens, config))
+        responses = check_responses(responses, logprobs, len(prompts), policy.num_tokens, config)
     logprobs = [torch.as_tensor(x, dtype=torch.float32, device=policy.lm.device) for x in logprobs]
     mask = pad_sequence([torch.ones_like(x) for x in logprobs], batch_first=True)
     logprobs = pad_sequence(logprobs, batch_first=True)
@@ -1175,7 +1184,7 @@ def average(history: list[dict[str, float]]) -> dict[str, float]:
     for name in history[0]:
         if name.endswith("/loss"):
             means[name] = sum(metrics[name] for metrics in history) / len(history)
-        elif "/" in name and name != "policy/ratio":
+        elif "/" in name and name != "policy/ratio":  # logged as ratio_first
             means[name] = sum(metrics[name] * metrics["tokens"] for metrics in history) / tokens
     return means
 
@@ -1210,7 +1219,7 @@ def update(
             lr_factor = learning_rate_factor(
                 progress, updates, total - schedule_start, config.warmup_steps, config.lr_schedule)
             history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, config))
-            if role == "actor" and len(history) == 1:  # nothing has changed yet: the ratio must be 1
+            if role == "actor" and len(history) == 1:  # recorded before the first optimizer step: 1
                 first_ratio = 1 + largest_gap(rollout, batch)
             if history[-1]["stopped"]:
                 break
@@ -1224,7 +1233,7 @@ def update(
     prefix = "optim/" if role == "actor" else "optim/critic_"
     metrics = average(history)
     metrics[f"{prefix}lr"] = lr_factor * learner.base_lr
-    metrics[f"{prefix}grad_norm"] = history[0]["grad_norm"]
+    metrics[f"{prefix}grad_norm"] = history[0]["grad_norm"]  # of the first mini-batch
     metrics["optim/skipped_steps"] = sum(x.skipped_steps for x in (models.actor, models.critic) if x)
     if role == "actor":
         metrics["policy/ratio_first"] = first_ratio
@@ -1298,7 +1307,7 @@ def main(config: Config) -> None:
                 metrics |= update("critic", models, rollout, step, total, kl_coef, config)
             if step >= config.critic_warmup:
                 metrics |= update("actor", models, rollout, step, total, kl_coef, config)
-            kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
+                kl_controller.update(float(metrics.get(config.kl_metric, 0.0)), config.rollout_size)
             run.log_step(step + 1, metrics, rollout, models, clock_now() - clock)
             stopping = run.is_stopping()
             if stopping or run.is_save_due(step + 1):
@@ -1363,11 +1372,13 @@ def check_config(c: Config) -> None:
          "reference previous needs use_kl_loss and kl_ctrl_type fixed: its KL is 0 until the update begins"),
         (c.kl_kind == "full" and c.reference != "init", "the full KL works with reference init only"),
         (adaptive and c.kl_coef == 0, "kl_ctrl_type adaptive needs a KL whose coefficient is not 0"),
+        (adaptive and 0.2 * c.rollout_size >= c.kl_ctrl_horizon, "kl_ctrl_horizon must exceed a fifth of the"
+         f" {c.rollout_size} responses of a step: the coefficient would fall below 0"),
         (any(critic_flags) and not has_own_critic,
          f"with critic {c.critic} and adv_estimator {c.adv_estimator} no critic has an optimizer of its own:"
          " of the critic_* flags at most critic_lr applies"),
-        (c.critic_early_stop and (c.critic_ppo_epochs or c.ppo_epochs) < 2,
-         "critic_early_stop needs 2 epochs of the critic"),
+        (c.critic_early_stop and ((c.critic_ppo_epochs or c.ppo_epochs) < 2 or c.rollout_size < 10),
+         "critic_early_stop needs 2 epochs of the critic and 10 responses"),
         (not c.lora_rank and (c.lora_alpha or c.lora_target != "all-linear"), "lora_* flags need lora_rank"),
         (c.adv_estimator not in ("gae", "reinforce_plus_plus") and c.rollout_n < 2,
          f"adv_estimator {c.adv_estimator} compares responses to a prompt: rollout_n must be 2 or more"),
@@ -1379,7 +1390,6 @@ def check_config(c: Config) -> None:
         (c.critic_early_stop and c.rollout_size < 10 * WORLD, "critic_early_stop: 10 responses per rank"),
         (c.offload == "optimizer" and c.zero_stage == 0, "offload optimizer needs zero_stage 2 or 3"),
         (c.offload == "all" and c.zero_stage < 3, "offload all needs zero_stage 3"),
-        (c.total_steps and c.critic_warmup >= c.total_steps, "critic_warmup leaves the actor no step"),
     ):
         if is_wrong:
             raise UsageError(sentence)
@@ -1898,6 +1908,15 @@ def find_fault(
     return None
 
 
+def check_responses(
+    responses: list, logprobs: list, count: int, num_tokens: int, config: Config
+) -> list[list[int]]:
+    """The responses of a rollout hook as lists of numbers. Raises UsageError, on all ranks."""
+    responses = [[int(token) for token in response] for response in responses]
+    raise_on_all_ranks(find_fault(responses, logprobs, count, num_tokens, config))
+    return responses
+
+
 def raise_on_all_ranks(problem: str | None) -> None:
     """Raises UsageError if a rank has a problem: all save and end together."""
     if sum_over_ranks(torch.tensor(float(problem is not None))) > 0:
@@ -2125,6 +2144,8 @@ class Run(contextlib.AbstractContextManager):
     """The folder of a run, with its lock, table, samples, summary and tracker; and the console."""
 
     def __init__(self, config: Config, total: int):
+        if 0 < total <= config.critic_warmup:
+            raise UsageError(f"critic_warmup = {config.critic_warmup} leaves the actor none of {total} steps")
         self.folder = Path(config.output_dir or from_rank_0(default_folder, config))
         self.config = config
         self.total = total

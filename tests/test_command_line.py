@@ -325,7 +325,8 @@ REFUSED += [
     ({"critic_early_stop": True, "ppo_epochs": 4, "critic_ppo_epochs": 1}, "needs 2 epochs of the critic"),
     ({"lora_alpha": 8.0}, "lora_* flags need lora_rank"),
     ({"lora_target": "q_proj"}, "lora_* flags need lora_rank"),
-    ({"critic_warmup": 5, "total_steps": 5}, "critic_warmup leaves the actor no step"),
+    ({"critic_early_stop": True, "ppo_epochs": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8}, "10 responses"),
+    ({"kl_ctrl_type": "adaptive", "kl_ctrl_horizon": 51, "train_batch_size": 256}, "kl_ctrl_horizon must exceed"),
     ({"train_batch_size": 10, "ppo_mini_batch_size": 4}, "= 10 responses must divide into mini-batches"),
     ({"train_batch_size": 5, "rollout_n": 5, "ppo_mini_batch_size": 10}, "= 25 responses must divide"),
     ({"train_batch_size": 8, "ppo_mini_batch_size": 16}, "= 8 responses must divide"),
@@ -574,3 +575,10 @@ def test_as_a_process_a_mistake_is_one_line_on_stderr_and_exit_code_2(tmp_path):
     done = subprocess.run([sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: lr cannot be nan\n")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_warm_up_of_the_critic_that_leaves_the_actor_no_step_is_refused(tmp_path):
+    config = ppo_llm.Config(critic_warmup=5, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="critic_warmup = 5 leaves the actor none of 5 steps"):
+        ppo_llm.Run(config, 5)
+    assert not (tmp_path / "run").exists()

@@ -55,11 +55,12 @@ def test_the_flags_make_deepspeeds_configuration_and_a_file_replaces_entries(tmp
     # what the flags say, and what the sums of gradients rest on, no file can change
     assert changed["zero_optimization"]["stage"] == 2 and changed["gradient_clipping"] == 1.0
     assert changed["bf16"] == {"enabled": False} and changed["managed_gradient_accumulation"] is False
+    with pytest.raises(OSError, match="missing.json"):  # start() shows it as a sentence
+        twin.deepspeed_config(twin.Config(ds_config="missing.json"), torch.float32)
 
 
 @pytest.mark.parametrize(("sentence", "changes"), [
     ("train_batch_size = 7 must divide by 2", {"train_batch_size": 7, "ppo_mini_batch_size": 7}),
-    ("there is no file missing.json", {"ds_config": "missing.json"}),
     ("every rank takes the GPU of its own number", {"device": "mps:0"}),
     ("10 responses per rank", {"critic_early_stop": True, "ppo_epochs": 2, "train_batch_size": 18,
                                "ppo_mini_batch_size": 9}),
@@ -443,64 +444,62 @@ def test_a_checkpoint_of_two_ranks_is_whole(runs):
         assert tensors[f"step/{name}"] == 8  # 2 steps of 2 epochs of 2 mini-batches
 
 
-@launched
-def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder(tmp_path, data):
-    pytest.importorskip("deepspeed", reason="needs deepspeed")
-    shutil.copy(ROOT / "ppo_llm_multigpu.py", tmp_path)
-    launcher = [DEEPSPEED, "--num_gpus", "2", "--master_port", environment()["MASTER_PORT"]]
-    flags = f"""--model {DEMO} --dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
-        --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
-    done = subprocess.run([*launcher, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, timeout=900, capture_output=True,
-                          text=True, env=os.environ | environment())
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert [row["step"] for row in read_log(tmp_path / "run")] == [1] and done.stdout.count("  1/1  ") == 1
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resume_command"].startswith("deepspeed ")
-
-
 @pytest.fixture
 def hosts():
-    """Two network namespaces joined by a cable: what a process sees of two machines that share a file system."""
+    """Two network namespaces joined by a cable: what a process sees of two machines that share a file system.
+
+    Their names and cables, or nothing where that is not permitted.
+    """
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
     names = [f"ppo{os.getpid()}{x}" for x in "ab"]
+    cables = [f"{name[-8:]}v" for name in names]
     try:
         for name in names:
             ip("netns", "add", name)
-        cables = [f"{name[-8:]}v" for name in names]
         ip("link", "add", cables[0], "netns", names[0], "type", "veth", "peer", "name", cables[1], "netns", names[1])
         for i, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
             ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", cable)
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", cable, "up")
-        yield list(zip(names, cables, strict=True))
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine permits no network namespaces: {error}")
-    finally:
+        found = list(zip(names, cables, strict=True))
+    except (OSError, subprocess.CalledProcessError):
+        found = []
+    yield found
+    if shutil.which("ip"):
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20, check=False)
 
 
 @launched
-@pytest.mark.skipif(not shutil.which("ip"), reason="needs ip, of iproute2")
-def test_two_hosts_without_ssh_run_the_demo(hosts, tmp_path, data):
+def test_the_launcher_runs_the_file_copied_alone_to_an_empty_folder_on_two_hosts_or_one(hosts, tmp_path, data):
     pytest.importorskip("deepspeed", reason="needs deepspeed")
+    shutil.copy(ROOT / "ppo_llm_multigpu.py", tmp_path)
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    launcher = "--hostfile hosts --no_ssh --master_addr 10.77.0.1 --master_port 29500 --node_rank".split()
-    flags = f"""--dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4 --eval_every 0
-        --output_dir run""".split()
-    processes = [subprocess.Popen(
-        ["ip", "netns", "exec", name, DEEPSPEED, *launcher, str(i), str(ROOT / "ppo_llm_multigpu.py"),
-         *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | environment(GLOO_SOCKET_IFNAME=cable)) for i, (name, cable) in enumerate(hosts)]
+    port = environment()["MASTER_PORT"]
+    commands = [[DEEPSPEED, "--num_gpus", "2", "--master_port", port]]
+    environments = [environment()]
+    if hosts:
+        flags = f"--hostfile hosts --no_ssh --master_addr 10.77.0.1 --master_port {port} --node_rank".split()
+        commands = [["ip", "netns", "exec", name, DEEPSPEED, *flags, str(i)] for i, (name, _) in enumerate(hosts)]
+        environments = [environment(GLOO_SOCKET_IFNAME=cable) for _, cable in hosts]
+    flags = f"""--model {DEMO} --dataset {data} --total_steps 1 --train_batch_size 4 --ppo_mini_batch_size 4
+        --eval_every 0 --max_prompt_length 128 --max_response_length 24 --output_dir run""".split()
+    processes = []
+    for command, own in zip(commands, environments, strict=True):
+        processes.append(subprocess.Popen(
+            [*command, "ppo_llm_multigpu.py", *flags], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=os.environ | own))
     try:
         outputs = [process.communicate(timeout=900)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    assert {process.returncode for process in processes} == {0}, "\n".join(output[-3000:] for output in outputs)
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1]
-    assert ["  1/1  " in output for output in outputs] == [True, False]
+    assert [output.count("  1/1  ") for output in outputs] == [1, 0][: len(outputs)], "one rank speaks"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resume_command"].startswith("deepspeed ")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +543,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(for
     ranks = start(forks, data, tmp_path, wait="rank == '1'")
     ranks.wait_for(tmp_path / "scoring1_0", 300)
     ranks.processes[1].kill()
-    assert ranks.wait(60) == [1, -signal.SIGKILL]
+    assert ranks.wait(300) == [1, -signal.SIGKILL]
     assert "rank 0 failed in collect_rollout" in ranks.text()
 
 
@@ -552,7 +551,7 @@ def test_when_a_rank_is_killed_the_other_ends_and_names_itself_and_its_phase(for
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_reward_that_raises_on_one_rank_ends_all_and_costs_no_finished_step(rank, forks, data, tmp_path):
     ranks = start(forks, data, tmp_path, fail=f"rank == '{rank}' and calls == 1")
-    assert ranks.wait(60) == [2, 2], ranks.text()
+    assert ranks.wait(300) == [2, 2], ranks.text()
     texts = [path.read_text() for path in ranks.outputs]
     assert f"error: the reward raised ValueError('no score today') (rank {rank})" in texts[rank]
     assert f"error: another rank has failed (rank {1 - rank})" in texts[1 - rank]
@@ -565,7 +564,7 @@ def test_a_reward_that_raises_on_one_rank_ends_all_and_costs_no_finished_step(ra
 def test_three_skipped_steps_end_all_ranks_and_the_last_checkpoint_stays(forks, data, tmp_path):
     score = "1e30 if calls == 1 and rank == '1' else len(response)"
     ranks = start(forks, data, tmp_path, "--save_every", "1", "--ppo_mini_batch_size", "2", score=score)
-    assert ranks.wait(60) == [2, 2], ranks.text()
+    assert ranks.wait(300) == [2, 2], ranks.text()
     for rank, path in enumerate(ranks.outputs):
         assert "error: three gradients in a row are not finite" in path.read_text(), ranks.text()
         assert f"(rank {rank})" in path.read_text()
@@ -579,12 +578,12 @@ def test_sigterm_to_one_rank_saves_the_same_step_on_all_and_another_number_of_ra
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     time.sleep(0.5)
     (tmp_path / "go").touch()
-    assert ranks.wait(60) == [143, 143], ranks.text()
+    assert ranks.wait(300) == [143, 143], ranks.text()
     assert saved(tmp_path) == ["step_1"]
     assert "stopped after step 1; continue with: deepspeed ppo_llm_multigpu.py" in ranks.outputs[0].read_text()
     assert "stopped" not in ranks.outputs[1].read_text().replace("stopping when", "")
     again = start(forks, data, tmp_path, world=1)
-    assert again.wait(60) == [0], again.text()
+    assert again.wait(300) == [0], again.text()
     assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2, 3]
 
 

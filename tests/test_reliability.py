@@ -4,6 +4,7 @@ A run here is the command line in a forked process: real signals, exit codes and
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -745,3 +746,53 @@ def test_a_killed_run_ends_as_the_undisturbed_one(micro, undisturbed, tmp_path):
         os.waitpid(pid, 0)
     assert run(micro, tmp_path, save_every=1, save_total_limit=9).code == 0
     assert results(tmp_path / "run") == results(undisturbed)
+
+
+# ---- scripts/soak.py -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def soak():
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "scripts" / "soak.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+EVENT = {"signal": "none", "exit_code": 0, "step": 9, "checkpoint": 9, "said_stopped": False, "traceback": False}
+
+
+@pytest.mark.parametrize(("changes", "count"), [
+    ({}, 0), ({"exit_code": 1}, 1), ({"traceback": True}, 1),
+    ({"signal": "SIGKILL", "exit_code": -9, "checkpoint": 6}, 0),
+    ({"signal": "SIGKILL", "exit_code": -9, "checkpoint": 5}, 1),
+    ({"signal": "SIGINT", "exit_code": 130, "said_stopped": True, "checkpoint": 10}, 0),
+    ({"signal": "SIGINT", "exit_code": 143, "said_stopped": True}, 1),
+    ({"signal": "SIGTERM", "exit_code": 143}, 1),
+    ({"signal": "SIGTERM", "exit_code": 143, "said_stopped": True, "checkpoint": 8}, 1),
+    ({"signal": "SIGTERM", "step": 20}, 0)])
+def test_the_soak_counts_every_broken_promise_of_a_start(changes, count, soak):
+    assert len(soak.faults(EVENT | changes, soak.Soak(steps=20, save_every=3))) == count
+
+
+def test_the_soak_finds_every_difference_but_times(soak, undisturbed, tmp_path):
+    other = shutil.copytree(undisturbed, tmp_path / "run")
+    log = other / "training_metrics.csv"
+    rows = log.read_text().splitlines()
+    column = next(i for i, name in enumerate(rows[0].split(",")) if name.startswith("time/"))
+    cells = rows[2].split(",")
+    cells[column] = "123.0"
+    log.write_text("\n".join([*rows[:2], ",".join(cells), *rows[3:], ""]))
+    assert soak.differences(undisturbed, other) == []
+    flip(other / "model" / "model.safetensors")
+    flip(other / "samples.jsonl")
+    log.write_text("\n".join([*rows[:-1], ""]))
+    assert soak.differences(undisturbed, other) == [
+        "training_metrics.csv", "model/model.safetensors", "samples.jsonl"]
+
+
+def test_the_soak_measures_the_growth_of_memory_from_a_step_on(soak):
+    memory = [(1, 50.0), (199, 120.0), (200, 100.0), (201, 101.0), (300, 100.0)]
+    assert soak.growth_after(memory, 200) == pytest.approx(0.01)
+    assert soak.growth_after(memory, 400) is None

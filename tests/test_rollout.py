@@ -4,6 +4,7 @@ import functools
 import math
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import (
@@ -839,5 +840,30 @@ def test_what_a_hook_raises_is_not_swallowed(folder, tmp_path):
 def test_a_hook_that_cannot_be_loaded_is_one_sentence(spec, folder, tmp_path, capsys):
     config = hook_config(folder, tmp_path)
     config.rollout = spec.format(hook=tmp_path / "hook.py")
-    with pytest.raises(ppo_llm.UsageError, match="^rollout .* cannot be loaded: "):
+    with pytest.raises(ppo_llm.UsageError, match="^rollout .*(cannot be loaded: |there is no file)"):
         make_models(config)
+
+
+def test_tokens_of_a_hook_may_be_arrays_of_any_library(folder, tmp_path):
+    config = hook_config(folder, tmp_path)
+    models = make_models(config)
+    examples = [Example("", "", [5, 6]), Example("", "", [6])]
+    for wrap in (list, numpy.array, torch.tensor):
+        models.generate = lambda *given, wrap=wrap: ([wrap([7, 8]), wrap([9])], [[-1.0, -1.0], [-2.0]])
+        rollout = ppo_llm.respond(models, examples, config, noise())
+        assert rollout.responses == [[7, 8], [9]] and type(rollout.responses[0][0]) is int
+
+
+def test_a_hook_samples_without_gradients_in_training_and_in_evaluation(folder, tmp_path):
+    config = hook_config(folder, tmp_path)
+    models = make_models(config)
+    seen = []
+
+    def generate(*given):
+        seen.append(torch.is_grad_enabled())
+        return [[7]], [[-1.0]]
+
+    models.generate = generate
+    ppo_llm.respond(models, [Example("", "", [5])], config, noise())
+    ppo_llm.evaluate(models, lambda examples, responses: [0.0], [Example("", "", [5])], 0.0, config)
+    assert seen == [False, False]
