@@ -350,8 +350,7 @@ def document(counts: dict) -> str:
         timed=memory.markdown(time_table()), rows=ROWS, context=CONTEXT, tokens=TOKENS,
         head=memory.HEAD_CHUNKS_ALIVE * memory.HEAD_CHUNK / memory.GIB, fits=FITS, prompts=PROMPTS,
         prompt=PROMPT, response=RESPONSE, mini_batches=MINI_BATCHES, flops=FLOPS / 1e12, hbm=HBM / 1e12,
-        nvlink=NVLINK / 1e9,
-        network=NETWORK / 1e9, too_large=TOO_LARGE)
+        nvlink=NVLINK / 1e9, network=NETWORK / 1e9, too_large=TOO_LARGE)
 
 
 def main(counting: bool) -> None:
