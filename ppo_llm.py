@@ -1471,7 +1471,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     targets = [target.strip() for target in config.lora_target.split(",")]
     for target in targets:
         layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
-        if not target.startswith("all") and (not layers or lm.get_output_embeddings() in layers):
+        if target not in ("all", "all-linear") and (not layers or lm.get_output_embeddings() in layers):
             raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     if targets in (["all"], ["all-linear"]):
         targets = "all-linear"
@@ -1714,6 +1714,8 @@ def load_function(spec: str, option: str) -> Callable:
     """FILE.py:function, imported into this process. Raises UsageError."""
     path, _, name = spec.rpartition(":")
     module_name = f"{option}_{Path(path).stem}"
+    if not Path(path).is_file():
+        raise UsageError(f"{option} {spec}: there is no file {path!r}")
     try:
         sys.path.append(str(Path(path).resolve().parent))  # for what it imports
         found = importlib.util.spec_from_file_location(module_name, path)

@@ -71,6 +71,8 @@ CONFIGURATIONS = {
 }
 EXTRA = {  # not in a plain queue: --only names them
     "grpo_4_kl_in_reward": ["--adv_estimator=grpo", *GROUPS_OF_4, *KL_IN_REWARD],
+    **{f"{FIRST}_lr_{lr}": [*GAE, *KL_IN_REWARD, f"--lr={lr}"] for lr in ("1e-4", "4e-4")},
+    **{f"grpo_4_lr_{lr}": ["--adv_estimator=grpo", *GROUPS_OF_4, *KL_IN_LOSS, f"--lr={lr}"] for lr in ("1e-4", "4e-4")},
     "control_lr0": [*GAE, *KL_IN_REWARD, "--lr=0"],
     "control_permuted": [*GAE, *KL_IN_REWARD, "--reward=scripts/rewards/permuted.py:reward"],
 }
@@ -88,7 +90,8 @@ class Config:
     jobs: int = 1  # runs at a time
     report_only: bool = False  # run nothing
     output: Path = Path("output/compare")  # the task and the runs' folders, relative to the repository
-    results: Path = ROOT / "docs" / "results" / "compare"  # CSVs, table and figure
+    results: Path = ROOT / "docs" / "results" / "compare"  # CSVs, tables and figures
+    document: Path = ROOT / "docs" / "ppo_or_grpo.md"  # its table is put in again
 
 
 def commands(name: str, seed: int, config: Config) -> list[list[str]]:
@@ -219,9 +222,12 @@ def run_queue(config: Config) -> int:
             process = multiprocessing.get_context("fork").Process(target=run_job, args=(*todo.pop(0), config))
             process.start()
             running.append(process)
-        multiprocessing.connection.wait([process.sentinel for process in running])
-        failed += sum(process.exitcode not in (None, 0) for process in running)
-        running = [process for process in running if process.exitcode is None]
+        ended = multiprocessing.connection.wait([process.sentinel for process in running])
+        for process in running:
+            if process.sentinel in ended:
+                process.join()
+                failed += process.exitcode != 0
+        running = [process for process in running if process.sentinel not in ended]
     return failed
 
 
@@ -399,12 +405,44 @@ def draw_ends(found: dict, config: Config) -> None:
     figure.savefig(config.results / "ends.png", dpi=90)
 
 
+def origin(config: Config) -> str:
+    """One line on where the runs come from: commits, machine, versions, weights, commands."""
+    notes = [json.loads(path.read_text()) for path in sorted(config.results.glob("*-seed*.json"))]
+    commits = ", ".join(sorted({note["commit"][:7] for note in notes}))
+    machines = ", ".join(sorted({note["machine"] for note in notes}))
+    versions = sorted({f"torch {x['torch']}, transformers {x['transformers']}" for x in
+                       [note["versions"] for note in notes]})
+    weights = ", ".join(sorted({note["start_weights_sha256"][:12] for note in notes}))
+    return (f"{len(notes)} runs at commit {commits}; {machines}; {'; '.join(versions)}; SHA-256 of the weights that all"
+            f" start from: {weights}. [Every command](results/compare/commands.md), seeds in the file names.\n")
+
+
+def list_commands(config: Config) -> str:
+    """The commands with seed 1 (Markdown); a configuration of two runs has two."""
+    lines = ["# The commands of scripts/compare.py, with seed 1", "", "The task is made by", "", "```",
+             shlex.join(["python", "scripts/make_demo.py", *TASK, f"--out={Config.output / 'task'}"]), "```"]
+    for name in (*CONFIGURATIONS, *EXTRA):
+        lines += ["", f"## {name}", "", "```"]
+        lines += [shlex.join(["python", "ppo_llm.py", *flags]) for flags in commands(name, 1, Config())]
+        lines.append("```")
+    return "\n".join(lines) + "\n"
+
+
+def insert(path: Path, text: str) -> None:
+    """Puts the text between <!-- table --> and <!-- end of table -->."""
+    before, rest = path.read_text().split("<!-- table -->\n")
+    after = rest.split("<!-- end of table -->")[1]
+    path.write_text(f"{before}<!-- table -->\n{text}<!-- end of table -->{after}")
+
+
 def report(config: Config) -> str:
-    """Writes the summary, the table and the figures from the CSVs; returns the table."""
+    """Writes summary, tables, figures and the document's table from the CSVs; returns the table."""
     found = measured(config)
     write_summary(found, config.results / "summary.csv")
-    text = table(found)
+    text = f"{table(found)}\n{origin(config)}"
     (config.results / "table.md").write_text(text)
+    (config.results / "commands.md").write_text(list_commands(config))
+    insert(config.document, text)
     if found:
         draw(found, config)
         draw_ends(found, config)

@@ -68,13 +68,6 @@ LLM_FAULTS: dict[str, list[tuple[str, str, str]]] = {  # tests: name, text that 
         ("rows without tokens count", "(lengths > 0).float().sum()", "torch.ones_like(lengths).sum()"),
         ("token-mean over padding", "return mask / tokens", "return mask / mask.numel()"),
         ("explained variance from raw squares", "(error - masked_mean(error, mask)).square()", "error.square()"),
-        ("importance weights turned around", "gap = (old_logprobs - sampled_logprobs)",
-         "gap = (sampled_logprobs - old_logprobs)"),
-        ("importance weights without their cap", ".exp().clamp(max=cap)", ".exp()"),
-        ("importance weights carry a gradient", "(old_logprobs - sampled_logprobs).detach()",
-         "(old_logprobs - sampled_logprobs)"),
-        ("importance weights are 0 in the padding", ".masked_fill(mask == 0, 0.0)\n    return gap",
-         ".masked_fill(mask == 0, -99.0)\n    return gap"),
         ("the cosine ends too soon", "0.5 - 0.5 * math.cos(math.pi * left)", "0.5 - 0.5 * math.cos(left)"),
     ],
     "test_rollout.py": [
@@ -112,7 +105,6 @@ LLM_FAULTS: dict[str, list[tuple[str, str, str]]] = {  # tests: name, text that 
         ("a hook's log-probs are believed",
          'or config.rollout != "builtin":\n        metrics', "or False:\n        metrics"),
         ("bf16 log-probs are the sampler's", "policy.lm.dtype != torch.float32 or", "False or"),
-        ("importance weights are not used", "policy_loss = policy_loss * part.is_weights", "pass"),
         ("what a hook returns is not checked", "raise_on_all_ranks(find_fault(", "bool(find_fault("),
         ("the evaluation samples", "respond(models, examples, config, generator=None)",
          "respond(models, examples, config, seeded(\"cpu\", 1))"),
@@ -124,6 +116,16 @@ LLM_FAULTS: dict[str, list[tuple[str, str, str]]] = {  # tests: name, text that 
          "torch.where(~rollout.stopped, scores, scores - "),
         ("the reference is trained", "copy.deepcopy(lm).requires_grad_(False)", "lm"),
         ("the pass over the vocabulary is not chunked", "max(1, LOGITS_PER_CHUNK // model.num_tokens)", "2**40"),
+    ],
+    "test_importance.py": [
+        ("importance weights turned around", "gap = (old_logprobs - sampled_logprobs)",
+         "gap = (sampled_logprobs - old_logprobs)"),
+        ("importance weights without their cap", ".exp().clamp(max=cap)", ".exp()"),
+        ("importance weights carry a gradient", "(old_logprobs - sampled_logprobs).detach()",
+         "(old_logprobs - sampled_logprobs)"),
+        ("importance weights are 0 in the padding", ".masked_fill(mask == 0, 0.0)\n    return gap",
+         ".masked_fill(mask == 0, -99.0)\n    return gap"),
+        ("importance weights are not used", "policy_loss = policy_loss * part.is_weights", "pass"),
     ],
     "test_architectures.py": [
         ("Cohere's scale forgotten", "logits * (getattr(config, \"logit_scale\", None) or 1.0)", "logits"),
@@ -330,7 +332,7 @@ def first_failure(script: str, old: str, new: str, groups: list[list[str]]) -> s
                 return f"{files[0]}: ended by signal {-process.exitcode}"
             if process.exitcode != 0:
                 output = log.read_text()
-                found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.MULTILINE)
+                found = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - |$)", output, re.MULTILINE)
                 assert found, f"pytest ended with {process.exitcode}:\n{output[-2000:]}"
                 return found[1]
     return ""

@@ -4,12 +4,14 @@
     python scripts/soak.py --steps 200 --processes 2                # ppo_llm_multigpu.py under torchrun
     python scripts/soak.py --steps 100 --shortest 0 --longest 3     # a short one
 
-First an undisturbed run, whose resident memory is measured; then the same command in another folder, which gets
-a kill -9, a Ctrl-C or a SIGTERM some seconds after the first step that a start has finished, and is started again.
-Compared are training_metrics.csv but its times, samples.jsonl and all weights and optimizer states. Written are
-NAME_events.csv (one row per start), NAME_memory.csv and NAME.json; the exit code is 1 if a promise is broken.
+First an undisturbed run, whose resident memory is measured; then the same command in another folder. It gets
+a kill -9, a Ctrl-C or a SIGTERM some seconds after the first step that a start has finished, and is started
+again. Compared are training_metrics.csv but its times, samples.jsonl and all weights and optimizer states.
+Written are NAME_events.csv (one row per start), NAME_memory.csv and NAME.json. The exit code is 1 if a
+promise is broken.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -22,12 +24,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}
 EXIT_CODES = {"SIGKILL": -9, "SIGINT": 130, "SIGTERM": 143}
 
 
@@ -64,10 +64,11 @@ def make_model(folder: Path) -> None:
 def make_command(run_dir: Path, model: Path, soak: Soak) -> list[str]:
     flags = {
         "model": model, "dataset": model / "prompts.jsonl", "eval_dataset": model / "prompts.jsonl",
-        "reward": f"{model / 'reward.py'}:coin", "device": "cpu", "train_batch_size": 8, "ppo_mini_batch_size": 4,
-        "max_prompt_length": 16, "max_response_length": 8, "total_steps": soak.steps, "lr": 1e-4, "critic_lr": 1e-3,
-        "kl_ctrl_type": "adaptive", "lr_schedule": "cosine", "eval_every": soak.eval_every,
-        "save_every": soak.save_every, "output_dir": run_dir,
+        "reward": f"{model / 'reward.py'}:coin", "device": "cpu", "train_batch_size": 8,
+        "ppo_mini_batch_size": 4, "max_prompt_length": 16, "max_response_length": 8,
+        "total_steps": soak.steps, "lr": 1e-4, "critic_lr": 1e-3, "lr_schedule": "cosine",
+        "kl_ctrl_type": "adaptive", "eval_every": soak.eval_every, "save_every": soak.save_every,
+        "output_dir": run_dir,
     }
     command = [sys.executable, str(ROOT / "ppo_llm.py")]
     if soak.processes > 1:
@@ -79,7 +80,7 @@ def make_command(run_dir: Path, model: Path, soak: Soak) -> list[str]:
 
 
 def launch(command: list[str], console: Path) -> subprocess.Popen:
-    """A start in a process group of its own, so that a kill reaches all ranks."""
+    """A start in a process group of its own, as a terminal makes them."""
     with open(console, "w") as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -90,16 +91,26 @@ def last_step(console: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
-def resident(pid: int) -> float:
-    """MiB of a process and its descendants; 0 if it has ended."""
+def family(pid: int) -> list[int]:
+    """A process and its descendants; torchrun's ranks have sessions of their own."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:
-        return 0.0
-    size = re.search(r"VmRSS:\s+(\d+) kB", status)
-    own = int(size[1]) / 1024 if size else 0.0
-    return own + sum(resident(int(child)) for child in children)
+        children = []
+    found = [pid]
+    for child in children:
+        found += family(int(child))
+    return found
+
+
+def resident(pid: int) -> float:
+    """MiB of a process and its descendants; 0 if it has ended."""
+    total = 0.0
+    for member in family(pid):
+        with contextlib.suppress(OSError):  # it may just have ended
+            size = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{member}/status").read_text())
+            total += int(size[1]) / 1024 if size else 0.0
+    return total
 
 
 def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list[tuple[int, float]], float]:
@@ -114,16 +125,21 @@ def run_undisturbed(command: list[str], console: Path, soak: Soak) -> tuple[list
         if step is not None and step < soak.steps and size > 0:  # the export at the end is another matter
             memory.append((step, size))
     if process.returncode != 0:
-        raise RuntimeError(f"the undisturbed run ended with {process.returncode}: {console.read_text()[-2000:]}")
+        tail = console.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"the undisturbed run ended with {process.returncode}: {tail}")
     return memory, time.monotonic() - began
 
 
 def disturb(process: subprocess.Popen, name: str) -> None:
-    """As from outside: kill -9 and a terminal's Ctrl-C reach the whole process group, SIGTERM the process."""
-    if name == "SIGTERM":
-        process.send_signal(SIGNALS[name])
+    """As from outside: kill -9 of all ranks, a terminal's Ctrl-C to its group, SIGTERM to the launcher."""
+    if name == "SIGKILL":
+        for pid in family(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    elif name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
     else:
-        os.killpg(process.pid, SIGNALS[name])
+        process.terminate()
 
 
 def run_once(command: list[str], console: Path, delay: float, name: str) -> dict:
@@ -158,7 +174,7 @@ def run_disturbed(command: list[str], run_dir: Path, soak: Soak) -> list[dict]:
     events = []
     while not events or events[-1]["signal"] != "none":
         delay = choice.uniform(soak.shortest, soak.longest)
-        name = choice.choice(list(SIGNALS))
+        name = choice.choice(list(EXIT_CODES))
         console = run_dir.with_name(f"console_{len(events)}.txt")
         event = {"start": len(events), "delay": round(delay, 1)}
         event |= run_once(command, console, delay, name)
@@ -207,7 +223,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def growth_after(memory: list[tuple[int, float]], step: int) -> float | None:
-    """Largest resident memory from this step on over that at this step, minus 1; None: nothing was measured."""
+    """Largest resident memory from this step on over that at this step, minus 1; None: not measured."""
     later = [size for at, size in memory if at >= step]
     return max(later) / later[0] - 1 if later else None
 
@@ -226,7 +242,8 @@ def main(soak: Soak) -> int:
     make_model(folder / "model")
     command = make_command(folder / "undisturbed", folder / "model", soak)
     memory, seconds = run_undisturbed(command, folder / "console_undisturbed.txt", soak)
-    events = run_disturbed(make_command(folder / "disturbed", folder / "model", soak), folder / "disturbed", soak)
+    command = make_command(folder / "disturbed", folder / "model", soak)
+    events = run_disturbed(command, folder / "disturbed", soak)
     broken = [f"start {event['start']}: {fault}" for event in events for fault in faults(event, soak)]
     different = differences(folder / "undisturbed", folder / "disturbed")
     broken += [f"not the same: {name}" for name in different]
@@ -236,7 +253,7 @@ def main(soak: Soak) -> int:
     injected = [event["signal"] for event in events if event["signal"] != "none"]
     result = {
         "steps": soak.steps, "processes": soak.processes, "save_every": soak.save_every, "seed": soak.seed,
-        "starts": len(events), "faults": {name: injected.count(name) for name in SIGNALS},
+        "starts": len(events), "faults": {name: injected.count(name) for name in EXIT_CODES},
         "bitwise_equal": not different, "seconds_undisturbed": round(seconds, 1),
         "memory_growth": growth, "broken": broken}
     write_csv(soak.folder / f"{soak.name}_events.csv", events)
@@ -247,4 +264,4 @@ def main(soak: Soak) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Annotated[Soak, tyro.conf.arg(name="")], description=__doc__, use_underscores=True)))
+    sys.exit(main(tyro.cli(Soak, description=__doc__, use_underscores=True)))

@@ -1069,6 +1069,14 @@ def test_a_folder_in_use_is_refused_with_the_process_that_has_it(here):
     ppo_classic.main(tiny(output_dir="run"))
 
 
+def test_a_folder_with_files_of_somebody_else_is_refused(here):
+    (here / "mine").mkdir()
+    (here / "mine" / "thesis.tex").write_text("years")
+    with pytest.raises(UsageError, match="mine is not empty and not the folder of a run"):
+        ppo_classic.main(tiny(output_dir="mine"))
+    assert [path.name for path in (here / "mine").iterdir()] == ["thesis.tex"]
+
+
 @pytest.fixture
 def listening():
     """The signals are heard as start() arranges it."""

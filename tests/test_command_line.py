@@ -28,7 +28,7 @@ POINTER = "The names of other trainers' options are in docs/coming_from.md."
 
 @pytest.fixture(scope="module", autouse=True)
 def source_is_parsed_once():
-    """tyro looks for the comments of Config in every class that it inherits from, and parses the file each time."""
+    """tyro parses the file anew for every class in which it looks for the comments of Config."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(inspect, "findsource", functools.cache(inspect.findsource))
         yield
@@ -159,14 +159,16 @@ def test_what_is_no_option_or_no_value_points_to_the_names_of_other_trainers_and
 
 def test_the_names_that_the_pointer_promises_are_in_the_document():
     table = (ROOT / "docs" / "coming_from.md").read_text()
-    for name in """learning_rate kl_coef ppo_micro_batch_size target_kl gae_lambda top_p score_clip merge_lora eval_only
-            deterministic missing_eos_mode overlong_buffer reward_timeout whiten_rewards print_samples max_new_tokens
-            num_ppo_epochs cliprange ent_coef report_to""".split():
+    for name in """learning_rate kl_coef ppo_micro_batch_size target_kl gae_lambda top_p score_clip merge_lora
+            eval_only deterministic missing_eos_mode overlong_buffer reward_timeout whiten_rewards
+            print_samples
+            max_new_tokens             num_ppo_epochs cliprange ent_coef report_to""".split():
         assert f"`--{name}`" in table, name
 
 
 def test_every_option_that_the_document_names_as_ours_exists():
-    section = (ROOT / "docs" / "coming_from.md").read_text().split("## Names of other trainers")[1].split("\n## ")[0]
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    section = text.split("## Names of other trainers")[1].split("\n## ")[0]
     rows = [line.split("|") for line in section.splitlines() if line.startswith("| `")]
     ours = {name for row in rows for name in re.findall(r"--(\w+)", row[2])}
     assert len(rows) > 30 and ours <= {field.name for field in dataclasses.fields(Config)}
@@ -291,13 +293,15 @@ def refusal(function, *arguments) -> str:
 
 
 REFUSED = [({name: 0}, f"{name} cannot be 0") for name in """train_batch_size rollout_n max_response_length
-    max_prompt_length rollout_slots total_epochs ppo_epochs ppo_mini_batch_size critic_ppo_epochs rollout_is_cap
-    critic_ppo_mini_batch_size temperature micro_batch_tokens grad_clip save_total_limit eval_size lora_rank lora_alpha
-    loss_scale_factor kl_ctrl_horizon kl_ctrl_target cliprange_value early_stop_kl""".split()]
-REFUSED += [({name: -1},
-             f"{name} cannot be -1") for name in """lr critic_lr warmup_steps critic_warmup eval_every
-    save_every clip_ratio clip_ratio_low clip_ratio_high kl_ctrl_coef kl_loss_coef weight_decay vf_coef total_steps
-    train_batch_size temperature gamma lam reference_mix""".split()]
+    max_prompt_length rollout_slots total_epochs ppo_epochs ppo_mini_batch_size critic_ppo_epochs
+    rollout_is_cap critic_ppo_mini_batch_size temperature micro_batch_tokens grad_clip
+    save_total_limit eval_size
+    lora_rank lora_alpha loss_scale_factor kl_ctrl_horizon kl_ctrl_target cliprange_value
+    early_stop_kl""".split()]
+REFUSED += [({name: -1}, f"{name} cannot be -1") for name in """lr critic_lr warmup_steps
+critic_warmup eval_every
+    save_every clip_ratio clip_ratio_low clip_ratio_high kl_ctrl_coef kl_loss_coef weight_decay vf_coef
+    total_steps train_batch_size temperature gamma lam reference_mix""".split()]
 REFUSED += [({name: 1.1}, f"{name} cannot be 1.1") for name in
             "reference_mix gamma lam lam_critic attribution_discount".split()]
 REFUSED += [({name: bad},
@@ -421,12 +425,14 @@ def test_a_flag_without_effect_is_warned_of_once_and_by_its_name(setting, flag, 
 
 def test_several_flags_without_effect_are_one_warning(capsys):
     ppo_llm.check_config(Config(**NO_CRITIC, lam=0.9, vf_coef=0.5, kl_loss_coef=0.1, reference_mix=0.1))
-    assert capsys.readouterr().err == ("warning: without effect beside the other options: lam, vf_coef, kl_loss_coef,"
+    assert capsys.readouterr().err == ("warning: without effect beside the other options: lam, vf_coef,"
+                                       " kl_loss_coef,"
                                        " reference_mix (docs/choosing.md says why)\n")
 
 
 def test_every_flag_of_the_table_is_tried_above():
-    source = inspect.getsource(ppo_llm.warn_of_settings).split("for has_no_effect")[1].split("):\n        if")[0]
+    source = inspect.getsource(ppo_llm.warn_of_settings)
+    source = source.split("for has_no_effect")[1].split("):\n        if")[0]
     table = {name for names in re.findall(r', "([\w ]+)"\),\n', source) for name in names.split()}
     assert len(table) >= 20
     assert table == {name for _, flag in IDLE for name in flag}
@@ -434,7 +440,7 @@ def test_every_flag_of_the_table_is_tried_above():
 
 def test_the_demos_own_settings_count_as_its_defaults(capsys):
     ppo_llm.check_config(dataclasses.replace(DEMO, adv_estimator="grpo", rollout_n=4, train_batch_size=32))
-    assert capsys.readouterr().err == ""  # lam 0.95 and critic_lr 3e-4 are the demo's, nobody has asked for them
+    assert capsys.readouterr().err == ""  # lam 0.95 and critic_lr 3e-4 are the demo's
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ NAMES = [*compare.CONFIGURATIONS, *compare.EXTRA]
 def config(tmp_path):
     results = tmp_path / "results"
     results.mkdir()
-    return compare.Config(output=tmp_path / "output", results=results)
+    document = tmp_path / "document.md"
+    document.write_text("Before.\n\n<!-- table -->\nold\n<!-- end of table -->\n\nAfter.\n")
+    return compare.Config(output=tmp_path / "output", results=results, document=document)
 
 
 def write_result(name: str, seed: int, end: float, config: compare.Config) -> None:
@@ -41,7 +43,9 @@ def write_result(name: str, seed: int, end: float, config: compare.Config) -> No
             if step:
                 row |= {"reward/score": score, "reward/kl": 0.01}
             writer.writerow(row)
-    path.with_suffix(".json").write_text(json.dumps({"cpu_seconds": 20.0, "commands": ["python ppo_llm.py"]}))
+    note = {"cpu_seconds": 20.0, "commit": "0123456789", "machine": "a machine", "start_weights_sha256": "f00",
+            "versions": {"torch": "2", "transformers": "5"}}
+    path.with_suffix(".json").write_text(json.dumps(note))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,6 +164,11 @@ def test_the_report_reads_equal_tokens_and_says_what_is_not_measured(config):
     assert cells["gae_pretrained_critic"][2] == "900"  # three of its twelve steps went into its critic
     assert cells[compare.NOT_COUNTED][2] == "1,200"
     assert cells["grpo_8"][2] == "not measured"
+    assert "6 runs at commit 0123456; a machine" in lines[-1]
+    document = config.document.read_text()
+    assert document.startswith("Before.\n\n<!-- table -->\n| configuration |")
+    assert document.endswith("<!-- end of table -->\n\nAfter.\n")
+    assert "\nold\n" not in document
     with (config.results / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     ends = [float(row["end"]) for row in rows if row["configuration"] == compare.FIRST]

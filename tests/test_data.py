@@ -27,7 +27,8 @@ STRICT = """{% for m in messages %}
 {%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
 {{- m.content }}{% endfor %}"""  # as Gemma and Mistral have it
-FORMATS = "(json, jsonl and csv in UTF-8, also .gz, parquet, a folder of save_to_disk and names of the Hub can be read)"
+FORMATS = ("(json, jsonl and csv in UTF-8, also .gz, parquet, a folder of save_to_disk and names of the Hub"
+           " can be read)")
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Yes?"}
 
@@ -265,7 +266,7 @@ def hub(monkeypatch) -> list[tuple]:
 
     def load_dataset(path, name=None, *, split=None):
         if path.endswith("gsm8k") and name is None:
-            raise ValueError("Config name is missing. Please pick one among the available configs: ['main', ...]")
+            raise ValueError("Config name is missing. Please pick one among: ['main', ...]")
         calls.append((path, name, split))
         return datasets.Dataset.from_list(ROWS)
 
@@ -338,7 +339,8 @@ def test_the_columns_are_those_of_all_rows_and_missing_answers_are_counted(token
             {"prompt": "d", "answer": None}]
     assert [example.answer for example in examples_of(rows, tokenizer)] == ["", "2", "3", ""]
     assert capsys.readouterr().err == (
-        "warning: SOURCE: 2 of 4 rows have no answer (there are prompt, answer): the reward gets empty ones\n")
+        "warning: SOURCE: 2 of 4 rows have no answer (there are prompt, answer): the reward gets empty"
+        " ones\n")
 
 
 def test_a_data_set_without_an_answer_column_says_so_once_with_its_columns(tokenizer, capsys):
@@ -451,7 +453,8 @@ def test_chat_messages_are_kept_as_they_are(tokenizer, column):
     messages = [{"role": "system", "content": "Be brief."}, USER, ASSISTANT,
                 {"role": "user", "content": "Bye"}]
     example = example_of({column: messages, "answer": "1"}, tokenizer)
-    assert tokenizer.decode(example.prompt) == "[ system ] Be brief. [ user ] Hi [ assistant ] Yes? [ user ] Bye > "
+    shown = tokenizer.decode(example.prompt)
+    assert shown == "[ system ] Be brief. [ user ] Hi [ assistant ] Yes? [ user ] Bye > "
     assert example.text == "Bye" and example.messages == messages
 
 
@@ -459,7 +462,8 @@ def test_sharegpt_conversations_with_system_turns_are_read(tokenizer):
     turns = [("system", "Be brief."), ("human", "Hi"), ("gpt", "Yes?"), ("human", "Bye"), ("gpt", "Ciao")]
     row = {"conversations": [{"from": name, "value": text} for name, text in turns]}
     example = example_of(row, tokenizer)
-    assert tokenizer.decode(example.prompt) == "[ system ] Be brief. [ user ] Hi [ assistant ] Yes? [ user ] Bye > "
+    shown = tokenizer.decode(example.prompt)
+    assert shown == "[ system ] Be brief. [ user ] Hi [ assistant ] Yes? [ user ] Bye > "
     assert (example.text, example.answer) == ("Bye", "Ciao")
 
 
@@ -647,7 +651,7 @@ def test_overlong_evaluation_prompts_lose_their_beginning_and_no_row_is_dropped(
     examples = examples_of(long_rows(), tokenizer, training=False, max_prompt_length=20)
     assert len(examples) == 10
     assert max(len(e.prompt) for e in examples) == 20
-    assert tokenizer.decode(examples[1].prompt) == "x" * 17 + " > "  # the end, where the response begins, is kept
+    assert tokenizer.decode(examples[1].prompt) == "x" * 17 + " > "  # the end is kept
     assert capsys.readouterr().err == (
         "warning: SOURCE: 3 of 10 prompts have more than 20 tokens and were cut on the left\n")
 
@@ -788,5 +792,5 @@ def test_a_checkpoint_holds_the_hash_and_another_first_prompt_is_said(dated_run,
     other = dataclasses.replace(again, output_dir=str(tmp_path / "other"),
                                 dataset=str(tmp_path / "rows.jsonl"))
     ppo_llm.main(other)
-    assert "warning: the first prompt is not what it was: other data, or a chat template that writes the date\n" in (
-        capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert "not what it was: other data, or a chat template that writes the date\n" in said

@@ -1,4 +1,4 @@
-"""The literal command of the README against a Hub cache made here, and the script alone in an empty folder."""
+"""The literal command of the README against a Hub cache made here, and the script alone in a folder."""
 
 import contextlib
 import importlib.util
@@ -48,7 +48,7 @@ GENERATION = {"repetition_penalty": 1.1, "top_k": 20, "top_p": 0.8, "temperature
 
 
 def save_qwen(folder: Path) -> None:
-    """Qwen2.5's conventions at a thousandth of its size: byte-level, tied, more embedding rows than tokens."""
+    """Qwen2.5's conventions in small: byte-level, tied, more embedding rows than tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +58,7 @@ def save_qwen(folder: Path) -> None:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
     fast.add_tokens(["You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
                      ppo_llm.GSM8K_INSTRUCTION,
-                     " apples and gets 3. How many now?"])  # whole sentences as tokens: prompts of 50 instead of 250
+                     " apples and gets 3. How many now?"])  # sentences as tokens: short prompts
     fast.save_pretrained(folder)
     lm = make_lm(vocab_size=320, tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=258,
                  pad_token_id=None, initializer_range=0.02)
@@ -103,7 +103,7 @@ def command(module, words: list, cwd: Path) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def qwen_run(tmp_path_factory, no_figures):
-    """`python ppo_llm.py --model Qwen/Qwen2.5-0.5B-Instruct`, cut to one step: (output, folder of the run)."""
+    """The README's command for Qwen2.5-0.5B, cut to one step: (output, folder of the run)."""
     tmp = tmp_path_factory.mktemp("hub")
     cache = tmp / "hub" / f"models--{QWEN.replace('/', '--')}"
     revision = "0123456789" * 4
@@ -143,8 +143,8 @@ def test_the_literal_qwen_command_trains_with_the_published_settings(qwen_run):
                  "kl_ctrl_coef": 0.001, "gamma": 1.0, "lam": 1.0, "clip_ratio": 0.2, "entropy_coeff": 0.001,
                  "dataset": "openai/gsm8k", "reward": "gsm8k", "max_prompt_length": 1024, "temperature": 1.0}
     assert {name: config[name] for name in published} == published
-    assert ("1 steps of 256 responses to 256 of 260 prompts, 1 epochs of mini-batches of 64; 4 evaluation rows"
-            in qwen_run[0])
+    plan = "1 steps of 256 responses to 256 of 260 prompts, 1 epochs of mini-batches of 64; 4 evaluation rows"
+    assert plan in qwen_run[0]
     assert "options not given: those of the published GSM8K run" in qwen_run[0]
 
 
@@ -186,9 +186,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_without_network(folder: Path, cwd: Path, *flags: str) -> subprocess.CompletedProcess:
-    """ppo_llm.py as a user starts it, not told that there is no network, where every connection fails and is noted."""
-    common = f"""{SCRIPT} --dataset {folder}/prompts.jsonl --reward {folder}/reward.py:coin --device cpu --total_steps 1
-        --train_batch_size 8 --ppo_mini_batch_size 4 --max_prompt_length 16 --max_response_length 8 --eval_every 0"""
+    """ppo_llm.py, not told that there is no network, where every connection fails and is noted."""
+    common = f"""{SCRIPT} --dataset {folder}/prompts.jsonl --reward {folder}/reward.py:coin --device cpu
+        --total_steps 1 --train_batch_size 8 --ppo_mini_batch_size 4 --max_prompt_length 16
+        --max_response_length 8
+        --eval_every 0"""
     environment = {k: x for k, x in os.environ.items() if not k.startswith("HF_")} | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", OFFLINE, *common.split(), *flags], cwd=cwd, env=environment,
                           capture_output=True, text=True, timeout=120)

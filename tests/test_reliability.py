@@ -4,6 +4,7 @@ A run here is the command line in a forked process: real signals, exit codes and
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def in_a_process(function, cwd: Path, **environment) -> Done:
             sys.stderr.flush()
             os._exit(code)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return Done(status, out.read_text(), err.read_text())
+    return Done(status, out.read_bytes().decode(), err.read_bytes().decode())
 
 
 def flags(folder: Path, **changes) -> list[str]:
@@ -122,6 +123,15 @@ def saved(run_dir: Path) -> list[str]:
     return [path.name for path in ppo_llm.checkpoints(run_dir)]
 
 
+def first_fast(first, *others) -> list:
+    """Cases of a test, each of which starts runs: all but the first are slow."""
+    cases = [first]
+    for case in others:
+        values = case if isinstance(case, tuple) else (case,)
+        cases.append(pytest.param(*values, marks=pytest.mark.slow))
+    return cases
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -157,7 +167,7 @@ def copied(undisturbed, tmp_path) -> Path:
 # ---- C1, C6: checkpoints ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["actor.safetensors", "critic.safetensors", "state.json", "hashes.json"])
+@pytest.mark.parametrize("name", first_fast("critic.safetensors", "actor.safetensors", "state.json", "hashes.json"))
 def test_one_flipped_byte_in_a_file_of_a_checkpoint_is_found_and_the_older_one_is_used(
         name, copied, micro, undisturbed):
     flip(copied / "checkpoints" / "step_4" / name)
@@ -181,6 +191,7 @@ def test_a_checkpoint_with_a_truncated_or_missing_file_is_not_used(name, harm, c
     assert "step_4 is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_without_a_whole_checkpoint_begins_anew_and_keeps_what_there_was(copied, micro, undisturbed):
     for path in ppo_llm.checkpoints(copied):
         flip(path / "actor.safetensors")
@@ -209,6 +220,7 @@ def test_a_second_process_in_the_same_folder_is_refused_with_the_number_of_the_f
     assert run(micro, tmp_path, total_steps=1).code == 0
 
 
+@pytest.mark.slow
 def test_of_two_runs_started_at_once_in_one_folder_one_trains_and_one_is_refused(micro, tmp_path, undisturbed):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -242,6 +254,7 @@ def test_changed_settings_are_said_and_kept_in_the_history_of_the_summary(copied
     assert [entry["step"] for entry in summary(copied)["settings_history"]] == [0, 4, 6]
 
 
+@pytest.mark.slow
 def test_settings_that_have_not_changed_are_not_said(copied, micro):
     done = run(micro, copied.parent, save_every=1, save_total_limit=9)
     assert done.code == 0 and "settings have changed" not in done.err
@@ -252,8 +265,9 @@ def test_settings_that_have_not_changed_are_not_said(copied, micro):
 # Calls of the reward: 1 evaluation at step 0, 2 and 3 the first two steps, 4 evaluation at step 2, 5 step 3, ...
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize(("call", "step"), [(1, 1), (3, 2), (5, 3)])
+@pytest.mark.parametrize(("name", "code", "call", "step"), first_fast(
+    ("SIGINT", 130, 3, 2), ("SIGTERM", 143, 3, 2), ("SIGINT", 130, 1, 1), ("SIGTERM", 143, 1, 1),
+    ("SIGINT", 130, 5, 3), ("SIGTERM", 143, 5, 3)))
 def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on_bit_by_bit(
         name, code, call, step, micro, undisturbed, tmp_path):
     done = run(micro, tmp_path, environment={name: call})
@@ -271,6 +285,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on_bit_b
     assert results(tmp_path / "run")[2] == weights and len(weights) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("moment", "step"), [("update", 3), ("save_checkpoint", 4)])
 def test_a_signal_in_an_update_or_while_a_checkpoint_is_written_loses_nothing(
         moment, step, micro, undisturbed, tmp_path):
@@ -291,6 +306,7 @@ def test_a_signal_in_an_update_or_while_a_checkpoint_is_written_loses_nothing(
     assert results(tmp_path / "run") == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_leaves_the_evaluation_and_the_export_to_the_next_start(
         micro, undisturbed, tmp_path):
     done = run(micro, tmp_path, environment={"SIGTERM": 8})
@@ -318,6 +334,7 @@ def test_a_second_signal_ends_at_once(first, second, code, micro, tmp_path):
     assert summary(tmp_path / "run")["status"] == "running"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_its_first_checkpoint_is_continued_from_its_first_step(micro, undisturbed, tmp_path):
     def prepare():  # while the models are loaded
         real = ppo_llm.build_models
@@ -332,7 +349,7 @@ def test_a_run_stopped_before_its_first_checkpoint_is_continued_from_its_first_s
 # ---- C5: exceptions --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("call", "step"), [(3, 1), (4, 2), (5, 2)])  # in a step, an evaluation, the step after it
+@pytest.mark.parametrize(("call", "step"), first_fast((4, 2), (3, 1), (5, 2)))  # 4: in an evaluation
 def test_a_reward_that_raises_costs_no_finished_step(call, step, micro, undisturbed, tmp_path):
     done = run(micro, tmp_path, environment={"FAIL": call})
     assert done.code == 2 and "error: the reward raised KeyError('no such column')" in done.err
@@ -344,6 +361,7 @@ def test_a_reward_that_raises_costs_no_finished_step(call, step, micro, undistur
     assert results(tmp_path / "run") == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_any_exception_in_a_rollout_costs_no_finished_step_and_shows_its_traceback(micro, undisturbed, tmp_path):
     def prepare():
         real = ppo_llm.generate
@@ -463,9 +481,9 @@ def fake_wandb(fails_in: str = "", starts: list | None = None, rows: list | None
     return SimpleNamespace(init=init)
 
 
-@pytest.mark.parametrize(("fails_in", "sentence"), [
-    ("init", "wandb cannot be started, the run goes on without it: api key not configured"),
-    ("log", "wandb has failed, the run goes on without it: no network")])
+@pytest.mark.parametrize(("fails_in", "sentence"), first_fast(
+    ("log", "wandb has failed, the run goes on without it: no network"),
+    ("init", "wandb cannot be started, the run goes on without it: api key not configured")))
 def test_a_tracker_that_fails_does_not_end_the_run(fails_in, sentence, micro, undisturbed, tmp_path):
     prepare = lambda: sys.modules.update(wandb=fake_wandb(fails_in))  # noqa: E731
     done = run(micro, tmp_path, prepare, track="wandb")
@@ -536,7 +554,7 @@ def test_a_read_only_output_dir_is_refused_in_a_sentence(micro, tmp_path):
     assert_one_sentence(run(micro, tmp_path), "run")
 
 
-@pytest.mark.parametrize("limit", [1000, 6000, 100_000])  # bytes: the summary, the log, the checkpoint
+@pytest.mark.parametrize("limit", first_fast(6000, 1000, 100_000))  # bytes: the summary, the log, the checkpoint
 def test_a_full_disk_ends_the_run_in_a_sentence_and_the_same_command_goes_on(limit, micro, undisturbed, tmp_path):
     def prepare():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -556,8 +574,10 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(device, micro, tmp_
 # ---- C10: logs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["training_metrics.csv", "samples.jsonl"])
-@pytest.mark.parametrize("harm", ["garbage", "empty", "deleted", "binary"])
+@pytest.mark.parametrize(("name", "harm"), first_fast(
+    ("training_metrics.csv", "deleted"), ("training_metrics.csv", "garbage"), ("training_metrics.csv", "empty"),
+    ("training_metrics.csv", "binary"), ("samples.jsonl", "deleted"), ("samples.jsonl", "garbage"),
+    ("samples.jsonl", "empty"), ("samples.jsonl", "binary")))
 def test_a_log_that_is_damaged_or_deleted_begins_anew_and_the_training_goes_on(name, harm, copied, micro, undisturbed):
     path = copied / name
     if harm == "deleted":
@@ -598,7 +618,7 @@ def test_the_header_tells_a_fresh_run_from_a_resumed_one_and_from_one_that_start
     assert started.out.count("resumed from step_2 of 5") == 1 and "begins anew" not in started.err
 
 
-@pytest.mark.parametrize(("model", "preset"), [(None, "the demo"), ("model", "the published GSM8K run")])
+@pytest.mark.parametrize(("model", "preset"), first_fast(("model", "the published GSM8K run"), (None, "the demo")))
 def test_the_header_says_which_preset_the_options_have_that_were_not_given(model, preset, micro, tmp_path):
     def prepare():
         ppo_llm.DEMO = dataclasses.replace(ppo_llm.DEMO, model=str(micro))
@@ -618,11 +638,11 @@ def test_a_local_model_without_a_data_set_says_what_it_is_going_to_load(micro, t
 # ---- C13: sizes ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("changes", first_fast(
+    {"train_batch_size": 16, "ppo_mini_batch_size": 16, "critic_ppo_mini_batch_size": 4},
     {"train_batch_size": 256, "ppo_mini_batch_size": 64},
     {"train_batch_size": 12, "ppo_mini_batch_size": 6, "rollout_n": 3},
-    {"train_batch_size": 9, "ppo_mini_batch_size": 4},
-    {"train_batch_size": 16, "ppo_mini_batch_size": 16, "critic_ppo_mini_batch_size": 4}])
+    {"train_batch_size": 9, "ppo_mini_batch_size": 4}))
 def test_sizes_that_do_not_fit_are_answered_once_with_sizes_that_do(changes, micro, tmp_path):
     done = run(micro, tmp_path, **changes)
     assert_one_sentence(done, "use --train_batch_size")
@@ -690,7 +710,8 @@ def test_a_whole_run_writes_nothing_of_other_programs_to_stderr(micro, tmp_path)
     assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == []
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "kl_coef", "ppo_micro_batch_size", "num_train_epochs"])
+@pytest.mark.parametrize("name", first_fast(
+    "learning_rate", "kl_coef", "ppo_micro_batch_size", "num_train_epochs"))
 def test_another_trainers_option_is_answered_with_the_table_that_has_it(name, micro, tmp_path):
     done = run(micro, tmp_path, **{name: 1})
     assert done.code == 2 and "docs/coming_from.md" in done.err and "Traceback" not in done.err
@@ -707,6 +728,7 @@ def test_a_folder_that_is_no_run_is_refused_and_untouched(micro, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_the_undisturbed_one(micro, undisturbed, tmp_path):
     for moment in (0.3, 0.6):
         pid = os.fork()
@@ -724,3 +746,53 @@ def test_a_killed_run_ends_as_the_undisturbed_one(micro, undisturbed, tmp_path):
         os.waitpid(pid, 0)
     assert run(micro, tmp_path, save_every=1, save_total_limit=9).code == 0
     assert results(tmp_path / "run") == results(undisturbed)
+
+
+# ---- scripts/soak.py -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def soak():
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "scripts" / "soak.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["soak"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+EVENT = {"signal": "none", "exit_code": 0, "step": 9, "checkpoint": 9, "said_stopped": False, "traceback": False}
+
+
+@pytest.mark.parametrize(("changes", "count"), [
+    ({}, 0), ({"exit_code": 1}, 1), ({"traceback": True}, 1),
+    ({"signal": "SIGKILL", "exit_code": -9, "checkpoint": 6}, 0),
+    ({"signal": "SIGKILL", "exit_code": -9, "checkpoint": 5}, 1),
+    ({"signal": "SIGINT", "exit_code": 130, "said_stopped": True, "checkpoint": 10}, 0),
+    ({"signal": "SIGINT", "exit_code": 143, "said_stopped": True}, 1),
+    ({"signal": "SIGTERM", "exit_code": 143}, 1),
+    ({"signal": "SIGTERM", "exit_code": 143, "said_stopped": True, "checkpoint": 8}, 1),
+    ({"signal": "SIGTERM", "step": 20}, 0)])
+def test_the_soak_counts_every_broken_promise_of_a_start(changes, count, soak):
+    assert len(soak.faults(EVENT | changes, soak.Soak(steps=20, save_every=3))) == count
+
+
+def test_the_soak_finds_every_difference_but_times(soak, undisturbed, tmp_path):
+    other = shutil.copytree(undisturbed, tmp_path / "run")
+    log = other / "training_metrics.csv"
+    rows = log.read_text().splitlines()
+    column = next(i for i, name in enumerate(rows[0].split(",")) if name.startswith("time/"))
+    cells = rows[2].split(",")
+    cells[column] = "123.0"
+    log.write_text("\n".join([*rows[:2], ",".join(cells), *rows[3:], ""]))
+    assert soak.differences(undisturbed, other) == []
+    flip(other / "model" / "model.safetensors")
+    flip(other / "samples.jsonl")
+    log.write_text("\n".join([*rows[:-1], ""]))
+    assert soak.differences(undisturbed, other) == [
+        "training_metrics.csv", "model/model.safetensors", "samples.jsonl"]
+
+
+def test_the_soak_measures_the_growth_of_memory_from_a_step_on(soak):
+    memory = [(1, 50.0), (199, 120.0), (200, 100.0), (201, 101.0), (300, 100.0)]
+    assert soak.growth_after(memory, 200) == pytest.approx(0.01)
+    assert soak.growth_after(memory, 400) is None

@@ -29,7 +29,7 @@ def save_reward_model(folder, tokenizer=None, kind="qwen2", labels=1, **changes)
 
 
 def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Another vocabulary: upper-case letters have other ids, lower-case ones are unknown, and another template."""
+    """Another vocabulary and another template: the same text has other ids."""
     tokenizer = make_tokenizer()
     vocabulary = {token: (i * 7 + 3) % 61 + 3 if i > 2 else i for token, i in tokenizer.get_vocab().items()}
     import tokenizers
@@ -39,7 +39,8 @@ def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
     core.add_special_tokens(["<pad>", "<|endoftext|>", "<bot>"])
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>",
                                                 pad_token="<pad>")
-    fast.chat_template = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}<|endoftext|>{% endfor %}"
+    turn = "{{ m['role'][0] }}{{ m['content'] }}<|endoftext|>"
+    fast.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
     return fast
 
 
@@ -66,7 +67,8 @@ def test_scores_are_those_of_the_model_on_its_own_tokens_one_by_one(tmp_path, ma
         with torch.no_grad():
             assert found.item() == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-5)
     assert metrics["truncated"].item() == 0
-    assert f"reward model: {tmp_path}, 256 tokens (longer conversations lose their beginning)\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"reward model: {tmp_path}, 256 tokens (longer conversations lose their beginning)\n" in said
 
 
 def test_two_tokenizers_give_the_same_text_other_ids_so_raw_ids_would_be_seen(tmp_path):
@@ -164,7 +166,8 @@ def test_an_encoder_is_refused_as_critic_model(tmp_path, folder):
 
 def test_a_template_that_refuses_a_conversation_is_a_sentence_at_the_first_scores(tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    refuse = "{{ raise_exception('no system') }}"
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}" + refuse + "{% endif %}x"
     save_reward_model(tmp_path, tokenizer)
     reward = ppo_llm.load_reward(Config(reward=str(tmp_path), device="cpu"))
     assert len(score(reward, TALKS[:2])[0]) == 2
@@ -214,7 +217,8 @@ def test_the_merge_command_of_the_docs_makes_a_reward_model_of_a_lora_folder(tmp
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForSequenceClassification"]}')
+    settings = '{"model_type": "t5", "architectures": ["T5ForSequenceClassification"]}'
+    (tmp_path / "config.json").write_text(settings)
     with pytest.raises(UsageError, match="is an encoder-decoder model: only decoders are supported"):
         ppo_llm.load_reward(Config(reward=str(tmp_path)))
 

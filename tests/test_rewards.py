@@ -219,7 +219,8 @@ def test_a_reward_file_that_cannot_be_imported_shows_its_traceback_and_a_sentenc
     path.write_text(f"\n{body}\n")
     with pytest.raises(UsageError, match="cannot be loaded") as error:
         ppo_llm.load_reward(Config(reward=f"{path}:score"))
-    assert str(error.value).startswith(f"reward {path}:score cannot be loaded: ") and reason in str(error.value)
+    sentence = str(error.value)
+    assert sentence.startswith(f"reward {path}:score cannot be loaded: ") and reason in sentence
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -47,7 +47,7 @@ def trap(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, folder, no_figures):
-    """A run that begins, is resumed and ends, with secrets in its environment: (folder, output, calls of pickle)."""
+    """A run that is resumed, with secrets in its environment: (folder, output, calls of pickle)."""
     target = tmp_path_factory.mktemp("run") / "run"
     config = make_config(folder, output_dir=str(target), total_steps=2, save_every=1, eval_every=1,
                          eval_dataset=str(folder / "prompts.jsonl"))
@@ -65,6 +65,13 @@ def run(tmp_path_factory, folder, no_figures):
     return target, out.getvalue(), calls
 
 
+def write_hashes(checkpoint: Path) -> None:
+    """What an attacker does too: the hashes find damage, they do not prove who wrote a file."""
+    files = [path for path in checkpoint.iterdir() if path.name != "hashes.json"]
+    hashes = {path.name: ppo_llm.file_hash(path) for path in files}
+    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # What is never executed: pickles.
 
@@ -74,7 +81,8 @@ def test_a_run_and_its_resuming_read_no_pickle(run):
 
 
 def test_a_run_leaves_safetensors_json_csv_and_pictures_only(run):
-    files = [path.relative_to(run[0]) for path in run[0].rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path.relative_to(run[0]) for path in run[0].rglob("*") if path.is_file()]
+    files.remove(Path(".lock"))
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jsonl", ".csv", ".png", ".html",
                                                ".jinja"}
     assert {path.suffix for path in files if path.parts[0] == "checkpoints"} == {".safetensors", ".json"}
@@ -86,8 +94,7 @@ def test_a_pickle_in_the_place_of_a_checkpoint_is_not_read_even_with_a_matching_
     shutil.copytree(run[0], copy)
     checkpoint = ppo_llm.find_checkpoint(copy, None)
     (checkpoint / "actor.safetensors").write_bytes(pickle.dumps(Payload(trap)))
-    hashes = {path.name: ppo_llm.file_hash(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
-    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
+    write_hashes(checkpoint)
     assert ppo_llm.is_whole(checkpoint)
     models = make_models(make_config(folder))
     with pytest.raises(ppo_llm.SafetensorError):
@@ -154,7 +161,8 @@ def test_every_loader_of_transformers_is_told_whether_it_may_run_code(name):
     calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
     loaders = [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith("from_pretrained")]
     assert len(loaders) >= 3
-    assert all("trust_remote_code=config.trust_remote_code" in call or "**options" in call for call in loaders)
+    told = "trust_remote_code=config.trust_remote_code"
+    assert all(told in call or "**options" in call for call in loaders)
     assert '"trust_remote_code": config.trust_remote_code}' in text  # the options of load_lm
 
 
@@ -200,8 +208,7 @@ def test_nothing_in_a_checkpoint_names_a_reward_file(run, tmp_path, trap, folder
     state["config"] |= {"reward": f"{tmp_path}/evil.py:f", "rollout": f"{tmp_path}/evil.py:f",
                         "trust_remote_code": True}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    hashes = {path.name: ppo_llm.file_hash(path) for path in checkpoint.iterdir() if path.name != "hashes.json"}
-    (checkpoint / "hashes.json").write_text(json.dumps(hashes))
+    write_hashes(checkpoint)
     ppo_llm.main(make_config(folder, output_dir=str(copy), total_steps=3))
     said = capsys.readouterr()
     assert "resumed from step_3 of 3" in said.out and "trust_remote_code True → False" in said.err
@@ -291,7 +298,8 @@ def test_files_are_written_below_the_output_folder_and_the_link_beside_it(folder
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     ppo_llm.main(make_config(folder, total_steps=1))
     assert [path.name for path in tmp_path.iterdir()] == ["output"]
-    assert len(list((tmp_path / "output").iterdir())) == 2 and (tmp_path / "output" / "ppo_metrics").is_symlink()
+    assert len(list((tmp_path / "output").iterdir())) == 2
+    assert (tmp_path / "output" / "ppo_metrics").is_symlink()
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 

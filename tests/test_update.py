@@ -99,15 +99,15 @@ def check_equal(results: list) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("role", "critic", "kl"), [("actor", "separate", "k3+"), ("actor", "separate", "full"),
-                                                    ("critic", "separate", "k3+"), ("actor", "shared", "full")])
+@pytest.mark.parametrize(("role", "critic", "kl"), [
+    ("actor", "separate", "k3+"), ("critic", "separate", "k3+"), ("actor", "shared", "full")])
 def test_micro_batches_change_no_gradient_and_no_metric(role, critic, kl, mode, folder, gradients):
     config = make_config(folder, train_batch_size=12, ppo_mini_batch_size=6, critic=critic, use_kl_loss=True,
                          kl_loss_type=kl, kl_loss_coef=0.3, entropy_coeff=0.1, loss_agg_mode=mode)
     models = make_models_with_values(config)
     rollout = stale(collect(models, config)[0])
     results = []
-    for tokens in (16384, 1, 30, 50, 100):
+    for tokens in (16384, 1, 40):
         gradients.clear()
         smaller = dataclasses.replace(config, micro_batch_tokens=tokens)
         metrics = update(role, models, rollout, 0, 1, 0.3, smaller)
@@ -645,11 +645,12 @@ def final_score(flat_folder, tmp_path, **changes) -> float:
     return (rows[-2]["reward/score"] + rows[-1]["reward/score"]) / 2
 
 
-@pytest.mark.parametrize("estimator", ["gae", "grpo", *(pytest.param(x, marks=pytest.mark.slow) for x in FREE[1:])])
+@pytest.mark.parametrize("estimator", ["gae", *(pytest.param(x, marks=pytest.mark.slow) for x in FREE)])
 def test_every_estimator_learns_to_repeat_the_rewarded_token(estimator, flat_folder, tmp_path):
     assert final_score(flat_folder, tmp_path, adv_estimator=estimator) > 0.4
 
 
+@pytest.mark.slow
 def test_a_shared_critic_learns_too(flat_folder, tmp_path):
     assert final_score(flat_folder, tmp_path, critic="shared", critic_lr=5e-3) > 0.4
 
