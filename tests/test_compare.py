@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import compare
 
 import ppo_llm
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*compare.CONFIGURATIONS, *compare.EXTRA]
 
 
