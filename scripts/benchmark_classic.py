@@ -123,13 +123,16 @@ def theirs(env_id: str, steps: int, seed: int) -> dict:
 
 
 def speed(config: Config) -> None:
-    """Pairs of runs, taken in turn; rows of other environments stay in benchmark.csv."""
+    """Pairs of runs, taken in turn; rows of other lengths stay in benchmark.csv."""
     path = RESULTS / "benchmark.csv"
-    with open(path) as file:
-        kept = [row for row in csv.DictReader(file) if row["env"] not in config.envs]
+    kept = []
+    if path.exists():
+        with open(path) as file:
+            kept = list(csv.DictReader(file))
     rows = []
     for env_id in config.envs:
         steps = int(TASKS[env_id] * config.scale)
+        kept = [row for row in kept if (row["env"], row["steps"]) != (env_id, str(steps))]
         for run in range(1, config.runs + 1):
             pair = {"ppo_classic": ours(env_id, steps, run), "stable-baselines3": theirs(env_id, steps, run)}
             for name, result in pair.items():
@@ -156,23 +159,28 @@ def write_report() -> None:
 
 def report(rows: list[dict]) -> str:
     """Medians over the runs, and the median of the ratios of the pairs with their range."""
-    lines = ["| environment | program | runs | whole, s | CPU, s | steps/s, whole | steps/s, steady | peak MiB |"
-             " last 100 episodes |", "|---|---|---|---|---|---|---|---|---|"]
-    for env_id in dict.fromkeys(row["env"] for row in rows):
-        found = {p: [r for r in rows if r["env"] == env_id and r["program"] == p]
-                 for p in ("ppo_classic", "stable-baselines3")}
-        for program, results in found.items():
-            m = {x: statistics.median(r[x] for r in results) for x in
-                 ("seconds", "cpu_seconds", "whole", "steady", "peak_mib", "last_100")}
-            steps = results[0]["steps"]
-            lines.append(f"| {env_id}, {steps} steps | {program} | {len(results)} | {m['seconds']:.1f} |"
-                         f" {m['cpu_seconds']:.1f} |"
-                         f" {m['whole']:.0f} | {m['steady']:.0f} | {m['peak_mib']:.0f} | {m['last_100']:.0f} |")
-        ratios = {x: [a[x] / b[x] for a, b in zip(*found.values(), strict=True)] for x in ("whole", "steady")}
-        cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(*found.values(), strict=True)]
-        text = ", ".join(f"{name} **{statistics.median(x):.2f}** ({min(x):.2f} to {max(x):.2f})"
-                         for name, x in [*ratios.items(), ("CPU seconds", cpu)])
-        lines.append(f"| {env_id} | ratio | | {text} | | | | | |")
+    lines = [
+        "| environment | program | runs | whole, s | CPU, s | steps/s, whole | steps/s, steady | peak MiB |"
+        " last 100 episodes | load |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for task in dict.fromkeys((row["env"], row["steps"]) for row in rows):
+        ours = [row for row in rows if (row["env"], row["steps"]) == task and row["program"] == "ppo_classic"]
+        theirs = [row for row in rows if (row["env"], row["steps"]) == task and row["program"] != "ppo_classic"]
+        name = f"{task[0]}, {task[1]} steps"
+        for results in (ours, theirs):
+            cells = [name, results[0]["program"], str(len(results))]
+            for column, digits in (("seconds", 1), ("cpu_seconds", 1), ("whole", 0), ("steady", 0), ("peak_mib", 0),
+                                   ("last_100", 0), ("load_average", 1)):
+                cells.append(f"{statistics.median(row[column] for row in results):.{digits}f}")
+            lines.append(f"| {' | '.join(cells)} |")
+        texts = []
+        for column, what in (("seconds", "seconds"), ("cpu_seconds", "CPU seconds")):
+            ratios = [b[column] / a[column] for a, b in zip(ours, theirs, strict=True)]
+            texts.append(f"{what} **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})")
+        ratios = [a["steady"] / b["steady"] for a, b in zip(ours, theirs, strict=True)]
+        texts.append(f"steady **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {name} | ratio | | {', '.join(texts)} | | | | | | |")
     return "\n".join(lines) + f"\n\n{platform.machine()}, {os.cpu_count()} cores, one thread each.\n"
 
 

@@ -1,16 +1,16 @@
-"""PPO or GRPO? Twelve configurations at equal numbers of responses, several seeds: the data of docs/ppo_or_grpo.md.
+"""PPO or GRPO? Twelve configurations at equal numbers of responses, several seeds: docs/ppo_or_grpo.md.
 
-    python scripts/compare.py                                   # builds the task, then the queue, then the report
+    python scripts/compare.py                         # builds the task, then the queue, then the report
     python scripts/compare.py --seeds 6 7 8 9 10 --only gae_lambda_1 grpo_4
-    python scripts/compare.py --report_only                     # tables and figure from the CSVs, runs nothing
+    python scripts/compare.py --report_only           # tables and figures from the CSVs, runs nothing
 
-The queue goes seed by seed, so that every seed that is done is a complete comparison. A run that has its CSV in
-docs/results/compare/ is not run again: the same command continues a queue that was stopped. Each run is what
-`python ppo_llm.py FLAGS` computes, in a forked process (Linux, macOS), so that the imports are paid once.
+The queue goes seed by seed, so that every seed that is done is a complete comparison. A run that has its CSV
+in docs/results/compare/ is not run again: the same command continues a queue that was stopped. Each run is
+what `python ppo_llm.py FLAGS` computes, in a forked process (Linux), so that the imports are paid once.
 
-The task is the demo's, with habits of three strengths: scripts/make_demo.py goes on from assets/demo with solutions
-of which 85, 95 or 99 % are spoiled, by the kind of problem. What is rarely sampled is learned late, and the run ends
-before all is learned.
+The task is the demo's, with habits of three strengths: scripts/make_demo.py goes on from assets/demo with
+solutions of which 85, 95 or 99 % are spoiled, by the kind of problem. What is rarely sampled is learned late,
+and the run ends before all is learned.
 """
 
 import csv
@@ -45,8 +45,8 @@ TASK = ["--base=assets/demo", "--steps=120", "--lr=5e-4", "--warmup=20", "--faul
         "--threads=1"]
 COMMON = [
     "--max_response_length=64", "--ppo_mini_batch_size=16", f"--total_steps={STEPS}", "--lr=2e-4",
-    "--critic_lr=3e-3", "--weight_decay=0", "--entropy_coeff=0", f"--eval_every={EVAL_EVERY}", "--eval_size=300",
-    "--save_every=0"]
+    "--critic_lr=3e-3", "--weight_decay=0", "--entropy_coeff=0", f"--eval_every={EVAL_EVERY}",
+    "--eval_size=300", "--save_every=0"]
 KL_IN_REWARD = ["--kl_ctrl_coef=0.05"]
 KL_IN_LOSS = ["--use_kl_loss", "--kl_loss_type=k3+", "--kl_loss_coef=0.05"]
 GAE = ["--adv_estimator=gae", "--train_batch_size=64"]
@@ -69,15 +69,20 @@ CONFIGURATIONS = {
     "gae_no_kl": [*GAE, "--kl_ctrl_coef=0"],
     "gae_kl_in_loss": [*GAE, *KL_IN_LOSS],
 }
+GRPO_4 = CONFIGURATIONS["grpo_4"]
 EXTRA = {  # not in a plain queue: --only names them
     "grpo_4_kl_in_reward": ["--adv_estimator=grpo", *GROUPS_OF_4, *KL_IN_REWARD],
-    **{f"{FIRST}_lr_{lr}": [*GAE, *KL_IN_REWARD, f"--lr={lr}"] for lr in ("1e-4", "4e-4")},
-    **{f"grpo_4_lr_{lr}": ["--adv_estimator=grpo", *GROUPS_OF_4, *KL_IN_LOSS, f"--lr={lr}"] for lr in ("1e-4", "4e-4")},
+    f"{FIRST}_lr_1e-4": [*CONFIGURATIONS[FIRST], "--lr=1e-4"],
+    f"{FIRST}_lr_4e-4": [*CONFIGURATIONS[FIRST], "--lr=4e-4"],
+    "grpo_4_lr_1e-4": [*GRPO_4, "--lr=1e-4"],
+    "grpo_4_lr_4e-4": [*GRPO_4, "--lr=4e-4"],
     "control_lr0": [*GAE, *KL_IN_REWARD, "--lr=0"],
     "control_permuted": [*GAE, *KL_IN_REWARD, "--reward=scripts/rewards/permuted.py:reward"],
 }
-COLUMNS = ("step", "generated_tokens", "eval/score", "reward/score", "reward/kl", "value/explained_variance", "seconds")
-# Quantiles of Student's t for 1, 2, 3 ... degrees of freedom: two-sided 95 %, and 99.5 % (eleven comparisons).
+COLUMNS = (
+    "step", "generated_tokens", "eval/score", "reward/score", "reward/kl", "value/explained_variance",
+    "seconds")
+# Quantiles of Student's t for 1, 2, 3 ... degrees of freedom: two-sided 95 %, and 99.5 % (eleven comparisons)
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 T_995 = (127.32, 14.089, 7.453, 5.598, 4.773, 4.317, 4.029, 3.833, 3.690)
 PHASES = ("time/rollout", "time/score", "time/update_critic", "time/update_actor")
@@ -95,7 +100,7 @@ class Config:
 
 
 def commands(name: str, seed: int, config: Config) -> list[list[str]]:
-    """The flags of the runs of ppo_llm.py that a configuration consists of: the last is the one that is judged."""
+    """The flags of the runs of ppo_llm.py that a configuration consists of: the last one is judged."""
     task = config.output / "task"
     if name == "control_permuted":
         task = config.output / "prompts"
@@ -107,8 +112,8 @@ def commands(name: str, seed: int, config: Config) -> list[list[str]]:
     if name != "gae_pretrained_critic":
         return [judged]
     # Another seed, so that the critic has not seen the prompts of the run that it is for
-    critic_only = [*flags, "--lr=0", f"--total_steps={PRETRAINING}", "--critic_ppo_epochs=4", "--eval_every=0",
-                   f"--seed={seed + 1000}", f"--output_dir={folder}-critic"]
+    critic_only = [*flags, "--lr=0", f"--total_steps={PRETRAINING}", "--critic_ppo_epochs=4",
+                   "--eval_every=0", f"--seed={seed + 1000}", f"--output_dir={folder}-critic"]
     return [critic_only, [*judged, f"--critic_model={folder}-critic/critic"]]
 
 
@@ -143,7 +148,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def shorten(rows: list[dict], responses: int, tokens: float = 0.0, seconds: float = 0.0) -> list[dict]:
-    """Rows of training_metrics.csv, of so many responses a step -> those of a result; tokens and seconds add up."""
+    """Rows of training_metrics.csv -> those of a result: tokens and seconds are summed up from a start."""
     short = []
     for row in rows:
         if row["rollout/response_length"]:
@@ -166,7 +171,7 @@ def run_here(flags: list[str], log: Path) -> None:
 
 
 def run_job(name: str, seed: int, config: Config) -> None:
-    """All runs of a configuration with a seed; writes its CSV, and what it took to the JSON file beside it."""
+    """All runs of a configuration with a seed; writes its CSV, and what it took to the JSON file beside."""
     clock = time.perf_counter()
     rows = []
     tokens = seconds = 0.0
@@ -187,6 +192,7 @@ def run_job(name: str, seed: int, config: Config) -> None:
         rows = shorten(read_rows(folder / "training_metrics.csv"), responses, tokens, seconds)
         tokens = rows[-1]["generated_tokens"]
         seconds = rows[-1]["seconds"]
+    weights = (config.output / "task" / "model.safetensors").read_bytes()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     summary = json.loads((folder / "summary.json").read_text())
     path = result_path(name, seed, config)
@@ -197,7 +203,7 @@ def run_job(name: str, seed: int, config: Config) -> None:
         "commit": summary["commit"],
         "machine": summary["machine"],
         "versions": summary["versions"],
-        "start_weights_sha256": hashlib.sha256((config.output / "task" / "model.safetensors").read_bytes()).hexdigest(),
+        "start_weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     path.with_suffix(".json").write_text(json.dumps(note, indent=2) + "\n")
     unfinished = path.with_suffix(".part")
@@ -231,11 +237,14 @@ def run_queue(config: Config) -> int:
     return failed
 
 
-# ---- Statistics ----------------------------------------------------------------------------------------------------
+# ---- Statistics ------------------------------------------------------------------------------------------
 
 
 def interquartile_mean(x: np.ndarray) -> np.ndarray:
-    """Mean of the middle half of the last axis; a value that a quartile cuts counts in part (Agarwal et al., 2021)."""
+    """Mean of the middle half of the last axis; a value that a quartile cuts counts in part.
+
+    Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical precipice".
+    """
     n = x.shape[-1]
     edges = np.arange(n + 1)
     inside = np.minimum(edges[1:], 0.75 * n) - np.maximum(edges[:-1], 0.25 * n)
@@ -244,7 +253,10 @@ def interquartile_mean(x: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_band(x: np.ndarray) -> tuple[float, float]:
-    """95 % percentile band of the interquartile mean, from 10,000 resamples of the seeds (one task: one stratum)."""
+    """95 % percentile band of the interquartile mean, from 10,000 resamples of the seeds.
+
+    The strata of Agarwal et al. are tasks; with one task there is one.
+    """
     resampled = np.random.default_rng(0).choice(x, (10_000, len(x)))
     low, high = np.percentile(interquartile_mean(resampled), [2.5, 97.5])
     return float(low), float(high)
@@ -258,11 +270,11 @@ def difference_interval(x: np.ndarray, quantiles: tuple[float, ...]) -> tuple[fl
     return float(x.mean() - half), float(x.mean() + half)
 
 
-# ---- Report --------------------------------------------------------------------------------------------------------
+# ---- Report ----------------------------------------------------------------------------------------------
 
 
 def measure(rows: list[dict], last_step: int) -> dict[str, float]:
-    """What one run shows up to a step: its first and last greedy score, the sampled score of the last three steps."""
+    """What one run shows up to a step: greedy scores, sampled score and KL of the last three steps."""
     within = [row for row in rows if int(row["step"]) <= last_step]
     evaluations = [float(row["eval/score"]) for row in within if row["eval/score"]]
     steps = [row for row in within if row["reward/score"]][-3:]
@@ -283,12 +295,12 @@ def measured(config: Config) -> dict[str, dict[int, dict[str, float]]]:
             seed = int(path.stem.split("-seed")[1])
             note = json.loads(path.with_suffix(".json").read_text())
             rows = read_rows(path)
+            took = {"cpu_seconds": note["cpu_seconds"]}
             last_step = STEPS
             if name == "gae_pretrained_critic":
                 last_step = STEPS - PRETRAINING
-                found.setdefault(NOT_COUNTED, {})[seed] = {
-                    **measure(rows, STEPS), "cpu_seconds": note["cpu_seconds"]}
-            found.setdefault(name, {})[seed] = {**measure(rows, last_step), "cpu_seconds": note["cpu_seconds"]}
+                found.setdefault(NOT_COUNTED, {})[seed] = measure(rows, STEPS) | took
+            found.setdefault(name, {})[seed] = measure(rows, last_step) | took
     return found
 
 
@@ -297,7 +309,7 @@ def column(runs: dict[int, dict[str, float]], name: str) -> np.ndarray:
 
 
 def compare_with_first(runs: dict, first: dict, name: str) -> list[str]:
-    """Difference to the first configuration over the seeds that both have, its interval, and whether it is real."""
+    """Difference to the first configuration over the seeds that both have, its interval, and the verdict."""
     seeds = sorted(set(runs) & set(first))
     differences = np.array([runs[seed][name] - first[seed][name] for seed in seeds])
     if len(differences) < 2:
@@ -367,7 +379,7 @@ def mean_curve(found: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, 
 
 
 def draw(found: dict, config: Config) -> None:
-    """curves.png: a panel per configuration, each seed a thin line, the first configuration's mean in grey."""
+    """curves.png: a panel per configuration, each seed a thin line, the mean of the first in grey."""
     figure = matplotlib.figure.Figure(figsize=(14, 9), layout="constrained")
     axes = figure.subplots(3, 4, sharex=True, sharey=True)
     first = curves(FIRST, config)
@@ -405,16 +417,24 @@ def draw_ends(found: dict, config: Config) -> None:
     figure.savefig(config.results / "ends.png", dpi=90)
 
 
+def last_change(commit: str) -> str:
+    """The commit that ppo_llm.py had last been changed by; the same commit where git does not know it."""
+    git = ["git", "log", "-1", "--format=%h", commit, "--", "ppo_llm.py"]
+    done = subprocess.run(git, capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip() or commit[:7]
+
+
 def origin(config: Config) -> str:
     """One line on where the runs come from: commits, machine, versions, weights, commands."""
     notes = [json.loads(path.read_text()) for path in sorted(config.results.glob("*-seed*.json"))]
-    commits = ", ".join(sorted({note["commit"][:7] for note in notes}))
+    commits = ", ".join(sorted({last_change(commit) for commit in {note["commit"] for note in notes}}))
     machines = ", ".join(sorted({note["machine"] for note in notes}))
-    versions = sorted({f"torch {x['torch']}, transformers {x['transformers']}" for x in
-                       [note["versions"] for note in notes]})
+    versions = ", ".join(sorted({f"torch {note['versions']['torch']}" for note in notes}))
     weights = ", ".join(sorted({note["start_weights_sha256"][:12] for note in notes}))
-    return (f"{len(notes)} runs at commit {commits}; {machines}; {'; '.join(versions)}; SHA-256 of the weights that all"
-            f" start from: {weights}. [Every command](results/compare/commands.md), seeds in the file names.\n")
+    return (
+        f"{len(notes)} runs with ppo_llm.py of commit {commits}; {machines}; {versions}; all start from the"
+        f" weights with SHA-256 {weights}. [Every command](results/compare/commands.md), seeds in the file"
+        " names.\n")
 
 
 def list_commands(config: Config) -> str:

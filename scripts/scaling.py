@@ -1,11 +1,11 @@
-"""Makes docs/scaling.md: what ppo_llm_multigpu.py sends and holds, and what to expect of more GPUs. Needs no GPU.
+"""Makes docs/scaling.md: what ppo_llm_multigpu.py sends and holds, and what more GPUs bring. Needs no GPU.
 
     python scripts/scaling.py            # writes the document from the formulas and the counts that are there
     python scripts/scaling.py --count    # counts first, in two processes on the CPU: some minutes
 
-Bytes sent are counted: every collective of torch.distributed is wrapped in a real run of two ranks; the counts
-go to docs/results/scaling/counts.json. Memory and time are formulas, printed with their results. None of it
-has been measured on several GPUs.
+Bytes sent are counted: every collective of torch.distributed is wrapped in a real run of two ranks. The
+counts are kept in docs/results/scaling/counts.json. Memory and time are formulas, printed with their results.
+None of it has been measured on several GPUs.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TOKENS = 16384  # of a training pass
 ROWS = 64  # of a rollout at a time
 CONTEXT = 1024  # tokens of a prompt and its response, at most
 FITS = 0.92  # part of a card's bytes that a run may use
-# What the time table assumes: bf16 FLOP/s that passes reach, bytes/s of HBM, of NVLink, of the network per GPU
+# The time table assumes: bf16 FLOP/s that passes reach, bytes/s of HBM, of NVLink, of the network per GPU
 FLOPS = 400e12
 HBM = 3.0e12
 NVLINK = 300e9
@@ -100,7 +100,7 @@ def count_collectives() -> dict[str, float]:
 
 
 def count_rank(folder: Path, stages: list[str]) -> None:
-    """One rank: a training step of each stage; rank 0 writes what was sent in the rollout and in the update."""
+    """One rank: a training step of each stage; rank 0 writes what was sent in rollout and update."""
     sent = count_collectives()  # before DeepSpeed takes hold of them
     sys.path.insert(0, str(ROOT))
     import ppo_llm_multigpu as script
@@ -167,9 +167,9 @@ def sum_of(sent: dict[str, float], *beginnings: str) -> float:
 
 
 def count_table(counts: dict) -> list[list[str]]:
-    """Bytes per weight: of the gradient per backward, of the weights per optimizer step and before an update."""
-    rows = [["ZeRO", "backwards", "optimizer steps", "gradient: bytes per weight", "gathered per optimizer step",
-             "for rollout and scoring"]]
+    """Bytes per weight: gradient per backward, weights per optimizer step and before the update."""
+    rows = [["ZeRO", "backwards", "optimizer steps", "gradient: bytes per weight",
+             "gathered per optimizer step", "for rollout and scoring"]]
     for stage in STAGES:
         found = counts[stage]
         gradient = sum_of(found["update"], "all_reduce", "reduce") / counts["weights"]
@@ -179,7 +179,8 @@ def count_table(counts: dict) -> list[list[str]]:
             share = f"{gradient / found['steps']:.2f} per optimizer step"
         else:
             share = f"{gradient / found['passes']:.2f} per backward"
-        rows.append([stage, str(found["passes"]), str(found["steps"]), share, f"{gathered:.2f}", f"{before:.2f}"])
+        counted = [stage, str(found["passes"]), str(found["steps"])]
+        rows.append([*counted, share, f"{gathered:.2f}", f"{before:.2f}"])
     return rows
 
 
@@ -241,7 +242,8 @@ def seconds(shape: Shape, ranks: int, stage: int) -> dict[str, float]:
 
 def time_table() -> list[list[str]]:
     """Seconds of a step and responses per second."""
-    rows = [["model", "GPUs", "ZeRO", "rollout", "scoring", "update", "sent", "total", "responses per second"]]
+    rows = [["model", "GPUs", "ZeRO", "rollout", "scoring", "update", "sent", "total",
+             "responses per second"]]
     for name, shape in SHAPES.items():
         for ranks in RANKS if name != TOO_LARGE else ():
             for stage in (2, 3):
@@ -274,44 +276,46 @@ def estimator_table() -> list[list[str]]:
 
 TEXT = """# What more GPUs bring, and what fits: arithmetic, and bytes that were counted
 
-Made by `python scripts/scaling.py`. No machine with more than one GPU was at hand: only the first table is
-measured, in two processes on a CPU. The others are formulas with the assumptions beside them; take them as such.
+Made by `python scripts/scaling.py`. No machine with more than one GPU was at hand: only the first table
+is measured, in two processes on a CPU. The others are formulas with the assumptions beside them; take
+them as such.
 
 ## Bytes sent, counted
 
 Two ranks, one PPO step (critic-free) on the demo model of {weights:,} weights, every collective of
 `torch.distributed` wrapped (`python scripts/scaling.py --count`, counts in
-[results/scaling](results/scaling/counts.json)). Bytes are those of the whole tensors, per weight; a ring sends
-(W-1)/W of that per rank in a reduce-scatter or all-gather, and twice that in an all-reduce.
+[results/scaling](results/scaling/counts.json)). Bytes are those of the whole tensors, per weight; a ring
+sends (W-1)/W of that per rank in a reduce-scatter or all-gather, and twice that in an all-reduce.
 
 {counted}
 
-So: gradients travel as fp32 (4 bytes per weight), under ZeRO-2 and 3 in every backward, under ZeRO-0 once per
-optimizer step. Large micro-batches (`--micro_batch_tokens`) make them rarer. ZeRO-2 gathers the weights after
-each optimizer step, ZeRO-3 before each mini-batch, before the rollout and before each scoring pass.
+So: gradients travel as fp32 (4 bytes per weight), under ZeRO-2 and 3 in every backward, under ZeRO-0
+once per optimizer step. Large micro-batches (`--micro_batch_tokens`) make them rarer. ZeRO-2 gathers the
+weights after each optimizer step, ZeRO-3 before each mini-batch, before the rollout and before each
+scoring pass.
 
 ## Memory per GPU
 
-GiB. P weights, W ranks, policy + critic + reference of the same size, bf16, AdamW, gradient checkpointing.
-States 2 * 12 P / W; weights 6 P (ZeRO-2), 6 P / W + 2 P (ZeRO-3: one model is whole at a time). Rollout: + KV
-cache of {rows} rows of {context} tokens. Update: + 4 P / W + 2 P of gradient + activations of {tokens:,} tokens
-(one state per layer, and the inside of one layer, about 60 bytes per token and hidden unit) + the head's chunks
-of logits, {head:.1f} GiB. "Fits": within {fits:.0%} of 80 or 141 GB. [memory.md](memory.md) has the same for one
-GPU.
+GiB. P weights, W ranks, policy + critic + reference of the same size, bf16, AdamW, gradient
+checkpointing. States 2 * 12 P / W; weights 6 P (ZeRO-2), 6 P / W + 2 P (ZeRO-3: one model is whole at a
+time). Rollout: + KV cache of {rows} rows of {context} tokens. Update: + 4 P / W + 2 P of gradient +
+activations of {tokens:,} tokens (one state per layer, and the inside of one layer, about 60 bytes per
+token and hidden unit) + the head's chunks of logits, {head:.1f} GiB. "Fits": within {fits:.0%} of 80 or
+141 GB. [memory.md](memory.md) has the same for one GPU.
 
 {memory}
 
-**70B does not fit at any number of GPUs**: a rollout and a pass of the update need its whole weights, 131 GiB,
-on each one. That would take tensor parallelism, in the passes and in the rollout, or weights gathered layer by
-layer in the update and an inference engine of its own for the rollout; this file has neither. `--offload` moves
-the states to CPU memory (12 bytes per trained weight and machine), and with `all` the resting weights; the 2 P of
-the whole model stay.
+**70B does not fit at any number of GPUs**: a rollout and a pass of the update need its whole weights,
+131 GiB, on each one. That would take tensor parallelism, in the passes and in the rollout, or weights
+gathered layer by layer in the update and an inference engine of its own for the rollout; this file has
+neither. `--offload` moves the states to CPU memory (12 bytes per trained weight and machine), and with
+`all` the resting weights; the 2 P of the whole model stay.
 
 ## DeepSpeed's own estimate
 
-GiB per GPU of one trained model's states, without activations and cache; ours: whole weights and one gradient
-(4 P) and what is split (16 or 18 P / W). DeepSpeed counts under ZeRO-3 only the largest layer as whole: it gathers
-one at a time.
+GiB per GPU of one trained model's states, without activations and cache; ours: whole weights and one
+gradient (4 P) and what is split (16 or 18 P / W). DeepSpeed counts under ZeRO-3 only the largest layer
+as whole: it gathers one at a time.
 
 {estimated}
 
@@ -320,19 +324,21 @@ one at a time.
 Seconds, for {prompts} prompts of {prompt} tokens, responses of {response}, one epoch of {mini_batches}
 mini-batches. N tokens of one rank = prompts * (prompt + response) / W, rows of one rank = prompts / W.
 
-* rollout = response tokens * max(1, rows / 256) * ((2 P + min(rows, 256) * KV bytes) / HBM + 1 ms). The plain loop
-  of this file launches many small kernels per step: how near it comes to this was not measured
+* rollout = response tokens * max(1, rows / 256) * ((2 P + min(rows, 256) * KV bytes) / HBM + 1 ms). The
+  plain loop of this file launches many small kernels per step: how near it comes to this was not
+  measured
 * scoring = 3 models * 2 P N / FLOPS; update = 2 models * 6 P N / FLOPS
-* sent = 2 models * (backwards * 4 P * (2 for ZeRO-2) + mini-batches * 2 P) * (W-1)/W / link, + 4 * 2 P under ZeRO-3
-* assumed: {flops:.0f} TFLOP/s reached, HBM {hbm:.1f} TB/s, link {nvlink:.0f} GB/s in a machine and {network:.0f}
-  GB/s per GPU between machines. Not counted: the longest response of all ranks, for which all wait; overlap of
-  sending and computing; evaluation.
+* sent = 2 models * (backwards * 4 P * (2 for ZeRO-2) + mini-batches * 2 P) * (W-1)/W / link, + 4 * 2 P
+  under ZeRO-3
+* assumed: {flops:.0f} TFLOP/s reached, HBM {hbm:.1f} TB/s, link {nvlink:.0f} GB/s in a machine and
+  {network:.0f} GB/s per GPU between machines. Not counted: the longest response of all ranks, for which
+  all wait; overlap of sending and computing; evaluation.
 
 {timed}
 
-{too_large} is left out: it does not fit. What limits: with few rows per rank a decode step costs as much as with
-many, so the rollout stops getting shorter, and between machines the fp32 gradients outweigh the passes. More GPUs
-want more prompts per step, not the same divided.
+{too_large} is left out: it does not fit. What limits: with few rows per rank a decode step costs as much
+as with many, so the rollout stops getting shorter, and between machines the fp32 gradients outweigh the
+passes. More GPUs want more prompts per step, not the same divided.
 """
 
 
@@ -342,15 +348,17 @@ def document(counts: dict) -> str:
         weights=counts["weights"], counted=memory.markdown(count_table(counts)),
         memory=memory.markdown(memory_table()), estimated=memory.markdown(estimator_table()),
         timed=memory.markdown(time_table()), rows=ROWS, context=CONTEXT, tokens=TOKENS,
-        head=memory.HEAD_CHUNKS_ALIVE * memory.HEAD_CHUNK / memory.GIB, fits=FITS, prompts=PROMPTS, prompt=PROMPT,
-        response=RESPONSE, mini_batches=MINI_BATCHES, flops=FLOPS / 1e12, hbm=HBM / 1e12, nvlink=NVLINK / 1e9,
-        network=NETWORK / 1e9, too_large=TOO_LARGE)
+        head=memory.HEAD_CHUNKS_ALIVE * memory.HEAD_CHUNK / memory.GIB, fits=FITS, prompts=PROMPTS,
+        prompt=PROMPT, response=RESPONSE, mini_batches=MINI_BATCHES, flops=FLOPS / 1e12, hbm=HBM / 1e12,
+        nvlink=NVLINK / 1e9, network=NETWORK / 1e9, too_large=TOO_LARGE)
 
 
 def main(counting: bool) -> None:
     if counting:
-        with tempfile.TemporaryDirectory() as folder:
-            counts = count(Path(folder), list(STAGES))
+        counts = {}
+        for stage in STAGES:  # each in processes of its own
+            with tempfile.TemporaryDirectory() as folder:
+                counts |= count(Path(folder), [stage])
         COUNTS.parent.mkdir(parents=True, exist_ok=True)
         COUNTS.write_text(json.dumps(counts, indent=2) + "\n")
     DOCUMENT.write_text(document(json.loads(COUNTS.read_text())))

@@ -20,7 +20,8 @@ import benchmark_peers
 import ppo_llm
 
 ROWS = {
-    "rollout": {"ppo_llm.py", "dc3ee96, with its engine", "generate, dynamic cache", "generate, static cache", "generate_batch"},
+    "rollout": {"ppo_llm.py", "dc3ee96, with its engine", "generate, dynamic cache", "generate, static cache",
+                "generate_batch"},
     "scoring": {"ppo_llm.py", "dc3ee96, with its engine"},
     "update actor": {"ppo_llm.py", "dc3ee96, with its engine", "padded PyTorch"},
     "update critic": {"ppo_llm.py", "dc3ee96, with its engine", "padded PyTorch"},

@@ -86,15 +86,15 @@ def load(folder, step, models, config) -> tuple[int, float]:
     return ppo_llm.load_checkpoint(run, models)
 
 
-@pytest.fixture(scope="module", params=["separate", "shared", *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ("grpo", "bfloat16"))])
+@pytest.fixture(scope="module", params=["separate", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("shared", "grpo", "bfloat16"))])
 def straight(request, folder, no_figures, no_page, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     main(long_config(folder, run_dir, **VARIANTS[request.param]))
     return run_dir, VARIANTS[request.param]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("k", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 3))])
 def test_a_resumed_run_equals_a_straight_one_bit_by_bit(k, straight, folder, tmp_path):
     expected, variant = straight
     run_dir = tmp_path / "run"
@@ -107,6 +107,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_by_bit(k, straight, folder, tmp
     assert weights(run_dir) == weights(expected)
 
 
+@pytest.mark.slow
 def test_steps_of_a_resumed_log_rise_without_gap_or_repetition(folder, tmp_path):
     config = long_config(folder, tmp_path / "run", save_every=2)
     interrupted(config, 4)
@@ -125,6 +126,7 @@ def test_the_same_command_again_trains_nothing_and_deletes_nothing(folder, tmp_p
     assert set(after) == set(before)
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(folder, tmp_path):
     config = long_config(folder, tmp_path / "run", total_steps=2)
     main(config)
@@ -193,6 +195,7 @@ def test_no_steps_evaluate_the_start_or_the_checkpoint_of_another_run(folder, tm
     assert tree(tmp_path / "run") == before
 
 
+@pytest.mark.slow
 def test_a_run_that_died_before_its_first_checkpoint_begins_anew(folder, tmp_path):
     config = long_config(folder, tmp_path / "run")
     main(dataclasses.replace(config, output_dir=str(tmp_path / "straight")))
@@ -233,17 +236,21 @@ def test_a_folder_that_is_no_run_is_refused_and_untouched(folder, tmp_path):
 # ---- Checkpoints -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept(folder, tmp_path):
     main(long_config(folder, tmp_path / "run", save_total_limit=2, total_steps=11, eval_every=0))
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"step_10", "step_11"}
 
 
-@pytest.mark.parametrize(("every", "names"), [(2, {"step_2", "step_4", "step_5"}), (0, {"step_5"}), (9, {"step_5"})])
+@pytest.mark.parametrize(("every", "names"), [
+    (2, {"step_2", "step_4", "step_5"}), pytest.param(0, {"step_5"}, marks=pytest.mark.slow),
+    pytest.param(9, {"step_5"}, marks=pytest.mark.slow)])
 def test_the_last_step_is_saved_whatever_save_every_is(every, names, folder, tmp_path):
     main(long_config(folder, tmp_path / "run", save_every=every, eval_every=0))
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == names
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_ignored(folder, tmp_path):
     config = long_config(folder, tmp_path / "run")
     interrupted(config, 3)
@@ -381,6 +388,7 @@ def test_the_exported_model_is_a_plain_one_with_the_trained_policys_logits(tied,
     assert tokenizer.chat_template == make_tokenizer().chat_template
 
 
+@pytest.mark.slow
 def test_the_exported_model_can_be_trained_again(folder, tmp_path):
     main(long_config(folder, tmp_path / "one", total_steps=1))
     shutil.copy(folder / "reward.py", tmp_path / "one" / "model")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import compare
 
 import ppo_llm
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = [*compare.CONFIGURATIONS, *compare.EXTRA]
 
 
@@ -43,8 +43,8 @@ def write_result(name: str, seed: int, end: float, config: compare.Config) -> No
             if step:
                 row |= {"reward/score": score, "reward/kl": 0.01}
             writer.writerow(row)
-    note = {"cpu_seconds": 20.0, "commit": "0123456789", "machine": "a machine", "start_weights_sha256": "f00",
-            "versions": {"torch": "2", "transformers": "5"}}
+    note = {"cpu_seconds": 20.0, "commit": "0123456789", "machine": "a machine", "versions": {"torch": "2"},
+            "start_weights_sha256": "f00"}
     path.with_suffix(".json").write_text(json.dumps(note))
 
 
@@ -164,7 +164,7 @@ def test_the_report_reads_equal_tokens_and_says_what_is_not_measured(config):
     assert cells["gae_pretrained_critic"][2] == "900"  # three of its twelve steps went into its critic
     assert cells[compare.NOT_COUNTED][2] == "1,200"
     assert cells["grpo_8"][2] == "not measured"
-    assert "6 runs at commit 0123456; a machine" in lines[-1]
+    assert "6 runs with ppo_llm.py of commit 0123456; a machine" in lines[-1]
     document = config.document.read_text()
     assert document.startswith("Before.\n\n<!-- table -->\n| configuration |")
     assert document.endswith("<!-- end of table -->\n\nAfter.\n")

@@ -83,6 +83,16 @@ def test_every_row_belongs_to_one_rank_and_keeps_its_place(monkeypatch):
     assert found == [0, 3, 5, 4, 7, 11, 8]  # rank by rank, each in the order of the mini-batch
 
 
+def test_a_rank_with_fewer_passes_adds_some_without_rows_and_with_zeros(monkeypatch):
+    monkeypatch.setattr(twin, "max_over_ranks", lambda count: count + 2)  # another rank has two more
+    rollout = twin.Rollout([[1], [2]], [[3, 4], [5]], torch.ones(2, 2), torch.ones(2, 2))
+    passes = twin.in_step(iter([([1], rollout.take([1]))]), rollout)
+    assert [rows for rows, _ in passes] == [[1], [], []]
+    _, nothing = passes[-1]
+    assert nothing.responses == [[3, 4]] and nothing.mask.sum() == nothing.old_logprobs.sum() == 0
+    assert rollout.mask.sum() == 4, "the rollout keeps its own"
+
+
 @pytest.mark.parametrize(("ranks", "prompts"), [(2, 6), (3, 6), (4, 4)])
 def test_a_size_that_is_suggested_divides_by_the_ranks(ranks, prompts, monkeypatch):
     monkeypatch.setattr(twin, "WORLD", ranks)

@@ -15,10 +15,10 @@ import scaling  # noqa: E402
 COUNTS = json.loads(scaling.COUNTS.read_text())
 
 
-@pytest.mark.parametrize("make", [scaling.memory_table, scaling.time_table, lambda: scaling.count_table(COUNTS)],
-                         ids=["memory", "time", "counts"])
-def test_the_document_has_the_tables_of_the_script(make):
-    assert memory.markdown(make()) in scaling.DOCUMENT.read_text(), "python scripts/scaling.py"
+def test_the_document_has_the_tables_of_the_script():
+    document = scaling.DOCUMENT.read_text()
+    for rows in (scaling.memory_table(), scaling.time_table(), scaling.count_table(COUNTS)):
+        assert memory.markdown(rows) in document, "python scripts/scaling.py"
 
 
 @pytest.mark.slow
@@ -53,9 +53,11 @@ def test_the_counts_are_four_bytes_per_weight_of_gradient():
         stage, passes, steps, gradient, gathered, before = row
         assert int(passes) > int(steps) > 1
         assert gradient.startswith("4.0")
-        assert gathered == {"0": "0.00", "2": "4.00", "3": "4.00"}[stage[0]].replace(
-            "4" if "bf16" in stage else "-", "2")
-        assert (before == "0.00") == (stage[0] != "3")
+        if stage.startswith("0"):
+            assert gathered == "0.00"
+        else:
+            assert gathered == ("2.00" if "bf16" in stage else "4.00")
+        assert (before == "0.00") == (not stage.startswith("3"))
 
 
 def test_the_largest_tensor_of_a_collective_counts():
@@ -64,7 +66,8 @@ def test_the_largest_tensor_of_a_collective_counts():
     whole = torch.zeros(10)
     assert scaling.largest_bytes([torch.zeros(3), whole, None, "sum"]) == 40
     assert scaling.largest_bytes([None]) == 0
-    assert scaling.sum_of({"reduce": 1, "reduce_scatter_tensor": 2, "all_gather": 4}, "all_reduce", "reduce") == 3
+    sent = {"reduce": 1, "reduce_scatter_tensor": 2, "all_gather": 4}
+    assert scaling.sum_of(sent, "all_reduce", "reduce") == 3
 
 
 @pytest.mark.slow
