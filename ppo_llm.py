@@ -65,13 +65,12 @@ import subprocess
 import sys
 import time
 import traceback
-import typing
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import datasets
 import pandas
@@ -1673,7 +1672,7 @@ def make_examples(rows: list[dict], tokenizer, config: Config, source: str, trai
     return [replace(example, prompt=example.prompt[-limit:]) for example in examples]
 
 
-def load_examples(tokenizer, config: Config) -> tuple[list[Example], list[Example]]:
+def load_examples(tokenizer, config: Config) -> tuple[list, list]:
     """Training and evaluation examples; the second list is empty without an evaluation. Raises UsageError."""
     print(f"data set: {config.dataset} (--dataset chooses another)")
     rows = read_rows(config.dataset, "train")
@@ -1723,10 +1722,10 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
 
 def load_function(spec: str, option: str) -> Callable:
     """FILE.py:function, imported into this process. Raises UsageError."""
-    path, _, name = spec.rpartition(":")
+    path, _, name = spec.partition(":")
     module_name = f"{option}_{Path(path).stem}"
-    if not Path(path).is_file():
-        raise UsageError(f"{option} {spec}: there is no file {path!r}")
+    if not name or not Path(path).is_file():
+        raise UsageError(f"{option} {spec}: there is no file {path!r}, or no function is named after its :")
     try:
         sys.path.append(str(Path(path).resolve().parent))  # for what it imports
         found = importlib.util.spec_from_file_location(module_name, path)
@@ -1739,29 +1738,23 @@ def load_function(spec: str, option: str) -> Callable:
         raise UsageError(f"{option} {spec} cannot be loaded: {error!r}") from error
 
 
-def find_fault(
-    responses: list, logprobs: list, count: int, num_tokens: int, config: Config
-) -> str | None:
-    """Why what a rollout hook returned cannot be trained on, or None."""
-    if len(responses) != count or len(logprobs) != count:
-        return f"rollout: {len(responses)} responses, {len(logprobs)} log-probs, {count} prompts"
-    for i, (tokens, logprob) in enumerate(zip(responses, logprobs, strict=True)):
-        if not 1 <= len(tokens) <= config.max_response_length or len(logprob) != len(tokens):
-            return (f"rollout: response {i} has {len(tokens)} tokens and {len(logprob)} log-probs, not 1 to"
-                    f" {config.max_response_length} of both")
-        if min(tokens) < 0 or max(tokens) >= num_tokens:
-            return f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
-        if not torch.as_tensor(logprob).isfinite().all():
-            return f"rollout: response {i} has a log-prob that is not finite"
-    return None
-
-
 def check_responses(
     responses: list, logprobs: list, count: int, num_tokens: int, config: Config
 ) -> list[list[int]]:
     """The responses of a rollout hook as lists of numbers. Raises UsageError, on all ranks."""
     responses = [[int(token) for token in response] for response in responses]
-    raise_on_all_ranks(find_fault(responses, logprobs, count, num_tokens, config))
+    problem = None
+    if len(responses) != count or len(logprobs) != count:
+        problem = f"rollout: {len(responses)} responses, {len(logprobs)} log-probs, {count} prompts"
+    for i, (tokens, logprob) in enumerate(zip(responses, logprobs, strict=False)):
+        if not 1 <= len(tokens) <= config.max_response_length or len(logprob) != len(tokens):
+            problem = (f"rollout: response {i} has {len(tokens)} tokens and {len(logprob)} log-probs, not 1"
+                       f" to {config.max_response_length} of both")
+        elif min(tokens) < 0 or max(tokens) >= num_tokens:
+            problem = f"rollout: response {i} has a token outside 0 to {num_tokens - 1}"
+        elif not torch.as_tensor(logprob).isfinite().all():
+            problem = f"rollout: response {i} has a log-prob that is not finite"
+    raise_on_all_ranks(problem)
     return responses
 
 
@@ -1811,10 +1804,8 @@ def load_reward(config: Config) -> Callable:
     spec = config.reward
     if spec == "gsm8k":
         function = gsm8k_reward
-    elif ".py:" in spec:
+    elif spec.split(":")[0].endswith(".py"):
         function = load_function(spec, "reward")
-    elif spec.endswith(".py"):
-        raise UsageError(f"reward {spec}: name the function too, as in {spec}:reward")
     elif "SequenceClassification" in str(read_model_config(spec, config).architectures):
         return load_reward_model(spec, config)
     else:
@@ -2376,7 +2367,7 @@ def print_help(defaults: Config) -> None:
             print(f"\n{heading[1]}")
         elif option:
             name, kind, text = option.groups()
-            choices = typing.get_args(Config.__annotations__[name])
+            choices = get_args(Config.__annotations__[name])
             if kind == "bool":
                 kind = f"(--no_{name})"
             elif choices and "None" not in kind:

@@ -105,7 +105,7 @@ LLM_FAULTS: dict[str, list[tuple[str, str, str]]] = {  # tests: name, text that 
         ("a hook's log-probs are believed",
          'or config.rollout != "builtin":\n        metrics', "or False:\n        metrics"),
         ("bf16 log-probs are the sampler's", "policy.lm.dtype != torch.float32 or", "False or"),
-        ("what a hook returns is not checked", "raise_on_all_ranks(find_fault(", "bool(find_fault("),
+        ("what a hook returns is not checked", "    raise_on_all_ranks(problem)\n    return responses", "    return responses"),
         ("the evaluation samples", "respond(models, examples, config, generator=None)",
          "respond(models, examples, config, seeded(\"cpu\", 1))"),
         ("mean pooling sees what comes",

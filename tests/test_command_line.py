@@ -510,7 +510,7 @@ TWO_ROWS = "".join(json.dumps(row) + "\n" for row in ROWS)
     ("--model .", TWO_ROWS, "model .: "),
     ("--use_kl_in_reward True --use_kl_loss", TWO_ROWS, "choose one"),
     ("--lr nan", TWO_ROWS, "lr cannot be nan"),
-    ("--reward mine.py", TWO_ROWS * 2, "reward mine.py: name the function too"),
+    ("--reward mine.py", TWO_ROWS * 2, "reward mine.py: there is no file 'mine.py', or no function is named"),
     ("--reward rows.jsonl", TWO_ROWS * 2, "model rows.jsonl: "),
     ("--eval_dataset missing.jsonl", TWO_ROWS * 2, "missing.jsonl: "),
     ("--dataset missing.jsonl", TWO_ROWS, "missing.jsonl: "), ("--dataset .", TWO_ROWS, ".: Directory"),

@@ -120,8 +120,9 @@ def test_the_folder_is_a_reward_model_too(first_run, folder):
     scores, _ = reward([ppo_llm.Example("abc", "", [], messages)], ["defg"])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(first_run / "critic")
     talk = [*messages, {"role": "assistant", "content": "defg"}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(first_run / "critic")
     with torch.no_grad():
-        expected = model(torch.tensor([ppo_llm.render(talk, reward.tokenizer, is_prompt=False)])).logits
+        expected = model(torch.tensor([ppo_llm.render(talk, tokenizer, is_prompt=False)])).logits
     assert scores == pytest.approx(expected.flatten().tolist(), abs=1e-5) and scores != [0.0]
 
 
