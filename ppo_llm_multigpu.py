@@ -1564,8 +1564,8 @@ def read_model_config(name: str, config: Config):
     return lm_config
 
 
-def check_context(name: str, config: Config) -> None:
-    """Raises UsageError if prompts and responses can be longer than the positions of a model allow."""
+def check_sizes(name: str, config: Config) -> int:
+    """How many tokens a model knows. Raises UsageError if its positions are too few for prompt + response."""
     lm_config = read_model_config(name, config).get_text_config()
     length = config.max_prompt_length + config.max_response_length
     limit = getattr(lm_config, "max_position_embeddings", None) or length
@@ -1576,22 +1576,21 @@ def check_context(name: str, config: Config) -> None:
     if length > limit:
         raise UsageError(f"max_prompt_length + max_response_length = {length} tokens, but {name} has"
                          f" positions for {limit} that do not depend on the other rows of a pass")
+    return lm_config.vocab_size
 
 
 def load_tokenizer(config: Config):
     """Also finds what is wrong with the models before their weights are loaded. Raises UsageError."""
     transformers.utils.logging.set_verbosity_error()  # its notes on unused heads and shards
     transformers.utils.logging.disable_progress_bar()
-    known = []
-    for name in (config.model, config.critic_model or config.model):
-        check_context(name, config)
-        known.append(read_model_config(name, config).get_text_config().vocab_size)
+    known = check_sizes(config.model, config)
+    known_by_critic = check_sizes(config.critic_model or config.model, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
     except (ImportError, OSError, ValueError) as error:
         raise UsageError(f"tokenizer of {config.model}: {str(error).splitlines()[0]}") from error
-    if known[1] < min(known[0], len(tokenizer)):
-        raise UsageError(f"critic_model knows {known[1]} tokens, the policy {known[0]}")
+    if known_by_critic < min(known, len(tokenizer)):
+        raise UsageError(f"critic_model knows {known_by_critic} tokens, the policy {known}")
     return tokenizer
 
 
@@ -1652,8 +1651,8 @@ def find_stop_ids(lm: nn.Module, tokenizer) -> set[int]:
         ids = tokenizer(tail.strip(), add_special_tokens=False).input_ids
         if ids and ids[0] in tokenizer.added_tokens_decoder:
             stop_ids.add(ids[0])
-    tokens = " ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(stop_ids))))
-    print(f"stop tokens: {printable(tokens)}")
+    tokens = tokenizer.convert_ids_to_tokens(sorted(stop_ids))
+    print(f"stop tokens: {tokens}")
     return stop_ids
 
 
@@ -1925,7 +1924,7 @@ def load_reward_model(name: str, config: Config) -> Callable:
     print(f"reward model: {name}, {limit} tokens (longer conversations lose their beginning)")
 
     @torch.no_grad()
-    def reward(examples: list[Example], responses: list[str]) -> tuple[Tensor, dict]:
+    def reward(examples, responses):
         ids = []
         truncated = []
         for example, response in zip(examples, responses, strict=True):
@@ -1934,15 +1933,14 @@ def load_reward_model(name: str, config: Config) -> Callable:
             ids.append(tokens[-limit:])
             truncated.append(len(tokens) > limit)
         scores = torch.zeros(len(ids))
-        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        size = max(1, config.micro_batch_tokens // len(ids[by_length[-1]]))
-        for start in range(0, len(ids), size):
-            rows = by_length[start : start + size]
+        nothing = torch.zeros(len(ids), 0)
+        talks = Rollout(ids, [[]] * len(ids), nothing, nothing)  # conversations in the place of prompts
+        for rows, part in micro_batches(list(range(len(ids))), talks, config):
             # a decoder's head reads the last token that is not padding: no row may end with the pad token
-            last_tokens = {ids[i][-1] for i in rows}
-            pad = next(i for i in range(len(rows) + 1) if i not in last_tokens)
+            last_tokens = {tokens[-1] for tokens in part.prompts}
+            pad = min(set(range(len(rows) + 1)) - last_tokens)
             lm_config.pad_token_id = pad
-            batch = [torch.tensor(ids[i], device=lm.device) for i in rows]
+            batch = [torch.tensor(tokens, device=lm.device) for tokens in part.prompts]
             mask = pad_sequence([torch.ones_like(x) for x in batch], batch_first=True)
             batch = pad_sequence(batch, batch_first=True, padding_value=pad)
             scores[rows] = lm(input_ids=batch, attention_mask=mask).logits[:, 0].float().cpu()
@@ -1963,7 +1961,7 @@ def load_reward(config: Config) -> Callable:
     else:
         raise UsageError(f"reward {spec!r} is neither gsm8k, nor FILE.py:function, nor a sequence classifier")
 
-    def reward(examples: list[Example], responses: list[str]):
+    def reward(examples, responses):
         return function([e.text for e in examples], responses, [e.answer for e in examples])
 
     return reward

@@ -193,7 +193,7 @@ LLM_FAULTS: dict[str, list[tuple[str, str, str]]] = {  # tests: name, text that 
          "math.nan if isinstance(x, (str, type(None)))", "0.0 if isinstance(x, (str, type(None)))"),
         ("scores that are not finite are trained on", "if not abs(x) < 3e38:", "if False:"),
         ("a metric may have our name", "or name in TAKEN_NAMES", ""),
-        ("reward model padded with 0", "pad = next(i for i in range(len(rows) + 1) if i not in last_tokens)",
+        ("reward model padded with 0", "pad = min(set(range(len(rows) + 1)) - last_tokens)",
          "pad = 0"),
         ("reward model reads the beginning", "tokens[-limit:]", "tokens[:limit]"),
         ("reward model does not see the system prompt", "[*example.messages, {", "[*example.messages[-1:], {"),

@@ -162,10 +162,10 @@ def test_an_encoder_decoder_model_is_refused(option, t5, folder_of):
 def test_positions_that_look_at_the_whole_pass_are_refused_where_they_would_change(kind, changes, tmp_path):
     transformers.AutoConfig.for_model(kind, **SHAPE | changes).save_pretrained(tmp_path)
     config = make_config(tmp_path, max_prompt_length=40, max_response_length=8)
-    ppo_llm.check_context(config.model, config)
+    ppo_llm.check_sizes(config.model, config)
     config.max_response_length = 9
     with pytest.raises(ppo_llm.UsageError, match="= 49 tokens, but .* has positions for 48 that do not depend on"):
-        ppo_llm.check_context(config.model, config)
+        ppo_llm.check_sizes(config.model, config)
 
 
 def test_longrope_indeed_depends_on_the_longest_row_of_a_pass_beyond_its_original_length(tmp_path):
@@ -187,19 +187,19 @@ def test_longrope_indeed_depends_on_the_longest_row_of_a_pass_beyond_its_origina
 def test_positions_that_do_not_look_at_the_pass_reach_to_the_context(changes, tmp_path):
     transformers.AutoConfig.for_model("llama", **SHAPE | changes).save_pretrained(tmp_path)
     config = make_config(tmp_path, max_prompt_length=200, max_response_length=56)
-    ppo_llm.check_context(config.model, config)
+    ppo_llm.check_sizes(config.model, config)
     config.max_prompt_length = 201
     with pytest.raises(ppo_llm.UsageError, match="= 257 tokens, but .* has positions for 256"):
-        ppo_llm.check_context(config.model, config)
+        ppo_llm.check_sizes(config.model, config)
 
 
 def test_the_positions_of_gpt2_are_counted_and_a_model_without_a_limit_has_none(tmp_path):
     transformers.GPT2Config(**GPT2_SHAPE).save_pretrained(tmp_path / "gpt2")
     config = make_config(tmp_path / "gpt2", max_prompt_length=250)
     with pytest.raises(ppo_llm.UsageError, match="= 258 tokens"):
-        ppo_llm.check_context(config.model, config)
+        ppo_llm.check_sizes(config.model, config)
     transformers.BloomConfig(vocab_size=64, hidden_size=32).save_pretrained(tmp_path / "bloom")
-    ppo_llm.check_context(str(tmp_path / "bloom"), config)
+    ppo_llm.check_sizes(str(tmp_path / "bloom"), config)
 
 
 def test_the_critics_positions_are_checked_too(folder_of, tmp_path):

@@ -296,7 +296,7 @@ def test_a_piped_run_prints_one_line_per_step(piped):
     log = read_log(piped[1] / "output" / "ppo_metrics")
     assert rows[2][1] == f"{log[2]['reward/score']:.3g}"
     assert sum("first prompt: a<bot>" in line for line in lines) == 1
-    assert sum(line.startswith("stop tokens: <|endoftext|>") for line in lines) == 1
+    assert sum(line.startswith("stop tokens: ['<|endoftext|>'") for line in lines) == 1
 
 
 def test_a_piped_run_says_at_its_start_how_to_continue_it_and_at_its_end_where_to_look(piped):

@@ -133,7 +133,7 @@ def test_the_literal_qwen_command_renders_the_published_prompt(qwen_run):
 
 
 def test_the_literal_qwen_command_stops_at_both_end_tokens(qwen_run):
-    assert "stop tokens: <|endoftext|> <|im_end|>\n" in qwen_run[0]
+    assert "stop tokens: ['<|endoftext|>', '<|im_end|>']\n" in qwen_run[0]
 
 
 def test_the_literal_qwen_command_trains_with_the_published_settings(qwen_run):
