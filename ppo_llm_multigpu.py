@@ -1484,8 +1484,8 @@ def start_ranks(config: Config) -> None:
     all_reduce.patience = config.dist_timeout
     if gpu:
         torch.cuda.set_device(LOCAL_RANK)
-    timeout = timedelta(seconds=config.dist_timeout)
-    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timeout, verbose=False)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of DeepSpeed, at every collective
+    deepspeed.init_distributed("nccl" if gpu else "gloo", timeout=timedelta(seconds=config.dist_timeout))
     all_reduce(torch.zeros(1), dist.ReduceOp.SUM)  # from here on a rank that is stuck ends
 
 
