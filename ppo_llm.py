@@ -1712,9 +1712,11 @@ def score_gsm8k_flexible(response: str, answer: str) -> float:
     """1 if the number after the last "####", else the last number, is the answer: 1,000 = $1000 = 1000.00."""
     number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
+    if not found:
+        return 0.0
     try:
-        numbers = [float(re.sub("[,$]", "", text)) for text in (*found[-1:], answer)]
-        return float(len(numbers) == 2 and numbers[0] == numbers[1])
+        given, wanted = [float(re.sub("[,$]", "", text)) for text in (found[-1], answer)]
+        return float(given == wanted)
     except ValueError:  # the answer is not a number, or the response has two minus signs
         return 0.0
 
@@ -1993,7 +1995,7 @@ class Run(contextlib.AbstractContextManager):
         self.tracker_id = f"{time.time_ns():x}"
         self.lock = lock_folder(self.folder)
         self.checkpoint = find_checkpoint(self.folder, config.resume)
-        self.continues = self.checkpoint is not None and self.folder in self.checkpoint.parents
+        self.continues = self.checkpoint in checkpoints(self.folder)
         self.command = f"python {shlex.join(sys.argv)}"  # what continues this run
         if not config.output_dir:
             self.command += f" --output_dir {self.folder}"
