@@ -510,9 +510,10 @@ def clipped_policy_loss(
     """PPO's clipped surrogate (arXiv:1707.06347, eq. 7), elementwise.
 
     clip_c is the dual clip (arXiv:1912.09729): where the advantage is negative the loss is at most
-    -advantage * clip_c. Returns the loss, the ratio, whether it was clipped, whether clip_c bounded it.
+    -advantage * clip_c. Returns the loss, the ratio, 1 where the clipped term was the larger one, and 1 where
+    clip_c bounded it.
     """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp must not overflow
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
