@@ -937,7 +937,7 @@ def test_evaluation_gives_every_environment_its_share():
 
 def test_an_evaluation_that_would_never_end_ends_and_says_so(capsys):
     ppo_classic.warn_once.cache_clear()
-    config = tiny(env_id=register("Endless", limit=-1), eval_max_steps=50)
+    config = tiny(env_id=register("Endless", limit=-1), eval_max_steps=50, eval_episodes=25)
     agent, _ = start(config)
     assert ppo_classic.evaluate(agent, config) == {"eval/score": 50, "eval/standard_error": 0}
     assert capsys.readouterr().err.count("did not end in 50 steps") == 1
