@@ -2,6 +2,7 @@
 
     python scripts/compare.py                         # builds the task, then the queue, then the report
     python scripts/compare.py --seeds 6 7 8 9 10 --only gae_lambda_1 grpo_4
+    python scripts/compare.py --only grpo_4_lr_4e-4   # any name may end with _lr_RATE
     python scripts/compare.py --report_only           # tables and figures from the CSVs, runs nothing
 
 The queue goes seed by seed, so that every seed that is done is a complete comparison. A run that has its CSV
@@ -53,7 +54,7 @@ GAE = ["--adv_estimator=gae", "--train_batch_size=64"]
 GROUPS_OF_4 = ["--rollout_n=4", "--train_batch_size=16"]
 GROUPS_OF_8 = ["--rollout_n=8", "--train_batch_size=8"]
 FIRST = "gae_lambda_1"  # the others are compared with it
-NOT_COUNTED = "gae_pretrained_critic, pre-training not counted"
+NOT_COUNTED = ", its pre-training not counted"
 CONFIGURATIONS = {
     FIRST: [*GAE, *KL_IN_REWARD],
     "gae_lambda_095": [*GAE, *KL_IN_REWARD, "--lam=0.95"],
@@ -69,13 +70,8 @@ CONFIGURATIONS = {
     "gae_no_kl": [*GAE, "--kl_ctrl_coef=0"],
     "gae_kl_in_loss": [*GAE, *KL_IN_LOSS],
 }
-GRPO_4 = CONFIGURATIONS["grpo_4"]
 EXTRA = {  # not in a plain queue: --only names them
     "grpo_4_kl_in_reward": ["--adv_estimator=grpo", *GROUPS_OF_4, *KL_IN_REWARD],
-    f"{FIRST}_lr_1e-4": [*CONFIGURATIONS[FIRST], "--lr=1e-4"],
-    f"{FIRST}_lr_4e-4": [*CONFIGURATIONS[FIRST], "--lr=4e-4"],
-    "grpo_4_lr_1e-4": [*GRPO_4, "--lr=1e-4"],
-    "grpo_4_lr_4e-4": [*GRPO_4, "--lr=4e-4"],
     "control_lr0": [*GAE, *KL_IN_REWARD, "--lr=0"],
     "control_permuted": [*GAE, *KL_IN_REWARD, "--reward=scripts/rewards/permuted.py:reward"],
 }
@@ -99,6 +95,12 @@ class Config:
     document: Path = ROOT / "docs" / "ppo_or_grpo.md"  # its table is put in again
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """grpo_4_lr_4e-4 -> (grpo_4, 4e-4); the rate is empty where it is that of COMMON."""
+    base, _, rate = name.partition("_lr_")
+    return base, rate
+
+
 def commands(name: str, seed: int, config: Config) -> list[list[str]]:
     """The flags of the runs of ppo_llm.py that a configuration consists of: the last one is judged."""
     task = config.output / "task"
@@ -107,9 +109,12 @@ def commands(name: str, seed: int, config: Config) -> list[list[str]]:
     folder = config.output / f"{name}-seed{seed}"
     start = [f"--model={config.output / 'task'}", f"--dataset={task / 'train.jsonl'}",
              f"--eval_dataset={task / 'test.jsonl'}"]
-    flags = [*start, *COMMON, *({**CONFIGURATIONS, **EXTRA}[name])]
+    base, rate = split_name(name)
+    flags = [*start, *COMMON, *({**CONFIGURATIONS, **EXTRA}[base])]
+    if rate:
+        flags.append(f"--lr={rate}")
     judged = [*flags, f"--seed={seed}", f"--output_dir={folder}"]
-    if name != "gae_pretrained_critic":
+    if base != "gae_pretrained_critic":
         return [judged]
     # Another seed, so that the critic has not seen the prompts of the run that it is for
     critic_only = [*flags, "--lr=0", f"--total_steps={PRETRAINING}", "--critic_ppo_epochs=4",
@@ -274,7 +279,11 @@ def difference_interval(x: np.ndarray, quantiles: tuple[float, ...]) -> tuple[fl
 
 
 def measure(rows: list[dict], last_step: int) -> dict[str, float]:
-    """What one run shows up to a step: greedy scores, sampled score and KL of the last three steps."""
+    """What one run shows up to a step: greedy scores, sampled score and KL of the last three steps.
+
+    on_the_way is the mean of the last four evaluations: where the critic was trained beforehand, this
+    includes the one that the run started from.
+    """
     within = [row for row in rows if int(row["step"]) <= last_step]
     evaluations = [float(row["eval/score"]) for row in within if row["eval/score"]]
     steps = [row for row in within if row["reward/score"]][-3:]
@@ -282,26 +291,32 @@ def measure(rows: list[dict], last_step: int) -> dict[str, float]:
         "generated_tokens": float(within[-1]["generated_tokens"]),
         "start": evaluations[0],
         "end": evaluations[-1],
+        "on_the_way": float(np.mean(evaluations[-4:])),
         "sampled": float(np.mean([float(row["reward/score"]) for row in steps])),
-        "kl": float(np.mean([float(row["reward/kl"]) for row in steps])),
+        "kl": float(np.mean([float(row["reward/kl"] or math.nan) for row in steps])),  # NaN: not computed
     }
 
 
 def measured(config: Config) -> dict[str, dict[int, dict[str, float]]]:
     """Name -> seed -> what the run shows, with its CPU seconds. A value model of one's own has two rows."""
     found = {}
-    for name in (*CONFIGURATIONS, *EXTRA):
-        for path in sorted(config.results.glob(f"{name}-seed*.csv")):
-            seed = int(path.stem.split("-seed")[1])
-            note = json.loads(path.with_suffix(".json").read_text())
-            rows = read_rows(path)
-            took = {"cpu_seconds": note["cpu_seconds"]}
-            last_step = STEPS
-            if name == "gae_pretrained_critic":
-                last_step = STEPS - PRETRAINING
-                found.setdefault(NOT_COUNTED, {})[seed] = measure(rows, STEPS) | took
-            found.setdefault(name, {})[seed] = measure(rows, last_step) | took
+    for path in sorted(config.results.glob("*-seed*.csv")):
+        name, seed = path.stem.split("-seed")
+        note = json.loads(path.with_suffix(".json").read_text())
+        rows = read_rows(path)
+        took = {"cpu_seconds": note["cpu_seconds"]}
+        last_step = STEPS
+        if name.startswith("gae_pretrained_critic"):
+            last_step = STEPS - PRETRAINING
+            found.setdefault(name + NOT_COUNTED, {})[int(seed)] = measure(rows, STEPS) | took
+        found.setdefault(name, {})[int(seed)] = measure(rows, last_step) | took
     return found
+
+
+def in_order(found: dict) -> list[str]:
+    """The names in the order of the tables: the configurations, what was found beside them, the controls."""
+    others = sorted(name for name in found if name not in {**CONFIGURATIONS, **EXTRA})
+    return [*CONFIGURATIONS, *others, *EXTRA]
 
 
 def column(runs: dict[int, dict[str, float]], name: str) -> np.ndarray:
@@ -312,11 +327,13 @@ def compare_with_first(runs: dict, first: dict, name: str) -> list[str]:
     """Difference to the first configuration over the seeds that both have, its interval, and the verdict."""
     seeds = sorted(set(runs) & set(first))
     differences = np.array([runs[seed][name] - first[seed][name] for seed in seeds])
-    if len(differences) < 2:
+    if len(differences) < 2 or runs is first:
         return ["", ""]
     low, high = difference_interval(differences, T_95)
     strict_low, strict_high = difference_interval(differences, T_995)
     verdict = "no"
+    if len(differences) == 2:
+        return [f"{differences.mean():+.3f}", "two seeds only"]
     if low > 0 or high < 0:
         verdict = "at 95 % only"
     if strict_low > 0 or strict_high < 0:
@@ -326,28 +343,29 @@ def compare_with_first(runs: dict, first: dict, name: str) -> list[str]:
 
 def table(found: dict) -> str:
     """One line per configuration (Markdown)."""
-    lines = [
-        "| configuration | seeds | generated tokens | end, IQM [95 % band] | end, lowest and highest seed |"
-        " difference to the first [95 %] | told apart | sampled, last three steps, IQM [95 % band] |"
-        " difference to the first [95 %] | told apart | KL per token | CPU seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name in (*CONFIGURATIONS, NOT_COUNTED, *EXTRA):
+    columns = [
+        "configuration", "seeds", "generated tokens", "end: IQM [95 % band]",
+        "difference to the first [95 %]", "told apart", "on the way: IQM [95 % band]",
+        "difference to the first [95 %]", "told apart",
+        "sampled: IQM [95 % band]", "KL per token", "CPU seconds"]
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    for name in in_order(found):
         runs = found.get(name, {})
         if not runs:
-            lines.append(f"| {name} | 0 | not measured | | | | | | | | | |")
+            lines.append(f"| {name} | 0 | not measured {'| ' * (len(columns) - 3)}|")
             continue
+        rate = split_name(name.split(",")[0])[1]
+        first = found.get(f"{FIRST}_lr_{rate}" if rate else FIRST, {})
         cells = [name, str(len(runs)), f"{column(runs, 'generated_tokens').mean():,.0f}"]
-        for metric in ("end", "sampled"):
+        for metric in ("end", "on_the_way", "sampled"):
             x = column(runs, metric)
             low, high = bootstrap_band(x)
             cells.append(f"{interquartile_mean(x):.3f} [{low:.3f}, {high:.3f}]")
-            if metric == "end":
-                cells.append(f"{x.min():.3f}, {x.max():.3f}")
-            if name == FIRST:
-                cells += ["", ""]
-            else:
-                cells += compare_with_first(runs, found.get(FIRST, {}), metric)
-        cells += [f"{column(runs, 'kl').mean():.4f}", f"{column(runs, 'cpu_seconds').mean():.0f}"]
+            if metric != "sampled":
+                cells += compare_with_first(runs, first, metric)
+        kl = column(runs, "kl").mean()
+        cells += ["not computed" if math.isnan(kl) else f"{kl:.4f}"]
+        cells += [f"{column(runs, 'cpu_seconds').mean():.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -356,7 +374,7 @@ def write_summary(found: dict, path: Path) -> None:
     """One row per configuration and seed."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        names = ["generated_tokens", "start", "end", "sampled", "kl", "cpu_seconds"]
+        names = ["generated_tokens", "start", "end", "on_the_way", "sampled", "kl", "cpu_seconds"]
         writer.writerow(["configuration", "seed", *names])
         for name, runs in found.items():
             for seed in sorted(runs):
@@ -400,10 +418,10 @@ def draw(found: dict, config: Config) -> None:
 
 def draw_ends(found: dict, config: Config) -> None:
     """ends.png: a line per configuration with the interquartile mean, its band, and a dot for each seed."""
-    names = [name for name in (*CONFIGURATIONS, NOT_COUNTED, "grpo_4_kl_in_reward") if name in found]
+    names = [name for name in in_order(found) if name in found]
     figure = matplotlib.figure.Figure(figsize=(13, 0.4 * len(names) + 1.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"end": "greedy score at the end", "sampled": "sampled score of the last three steps"}
+    titles = {"end": "greedy score at the end", "on_the_way": "mean of the last four evaluations"}
     for axis, (metric, title) in zip(panels, titles.items(), strict=True):
         for y, name in enumerate(names):
             x = column(found[name], metric)
@@ -441,7 +459,8 @@ def list_commands(config: Config) -> str:
     """The commands with seed 1 (Markdown); a configuration of two runs has two."""
     lines = ["# The commands of scripts/compare.py, with seed 1", "", "The task is made by", "", "```",
              shlex.join(["python", "scripts/make_demo.py", *TASK, f"--out={Config.output / 'task'}"]), "```"]
-    for name in (*CONFIGURATIONS, *EXTRA):
+    names = {path.stem.split("-seed")[0] for path in config.results.glob("*-seed*.csv")}
+    for name in in_order(dict.fromkeys(names)):
         lines += ["", f"## {name}", "", "```"]
         lines += [shlex.join(["python", "ppo_llm.py", *flags]) for flags in commands(name, 1, Config())]
         lines.append("```")
@@ -472,7 +491,7 @@ def report(config: Config) -> str:
 def main(config: Config) -> None:
     os.chdir(ROOT)
     config.results.mkdir(parents=True, exist_ok=True)
-    unknown = [name for name in config.only if name not in {**CONFIGURATIONS, **EXTRA}]
+    unknown = [name for name in config.only if split_name(name)[0] not in {**CONFIGURATIONS, **EXTRA}]
     if unknown:
         sys.exit(f"no configuration {unknown[0]}: choose from {', '.join([*CONFIGURATIONS, *EXTRA])}")
     failed = 0

@@ -17,7 +17,7 @@ import compare
 import ppo_llm
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [*compare.CONFIGURATIONS, *compare.EXTRA]
+NAMES = [*compare.CONFIGURATIONS, *compare.EXTRA, "gae_pretrained_critic_lr_4e-4"]
 
 
 @pytest.fixture
@@ -71,6 +71,26 @@ def test_the_value_model_of_its_own_is_trained_first_with_a_frozen_policy_and_an
     assert (first.lr, first.total_steps, first.seed) == (0.0, compare.PRETRAINING, 1002)
     assert second.critic_model == f"{first.output_dir}/critic"
     assert second.lr > 0
+
+
+def test_rows_with_another_rate_are_compared_with_the_first_at_that_rate(config):
+    for seed in (1, 2, 3):
+        write_result(compare.FIRST, seed, 0.5, config)
+        write_result(f"{compare.FIRST}_lr_4e-4", seed, 0.6, config)
+        write_result("grpo_4_lr_4e-4", seed, 0.8 + 0.001 * seed, config)
+    assert ppo_llm.read_config(compare.commands("grpo_4_lr_4e-4", 1, config)[0]).lr == 4e-4
+    lines = compare.table(compare.measured(config)).splitlines()
+    cells = next(line for line in lines if "grpo_4_lr_4e-4" in line).split(" | ")
+    assert cells[4].startswith("+0.202 [")
+    assert cells[5] == "**yes**"
+
+
+def test_a_run_without_kl_has_none_in_the_table(config):
+    write_result("gae_no_kl", 1, 0.8, config)
+    path = compare.result_path("gae_no_kl", 1, config)
+    path.write_text(path.read_text().replace(",0.01,", ",,"))
+    line = next(line for line in compare.table(compare.measured(config)).splitlines() if "gae_no_kl" in line)
+    assert line.endswith("| not computed | 20 |")
 
 
 def test_the_queue_goes_seed_by_seed_and_leaves_out_what_has_a_result(config):
@@ -162,7 +182,7 @@ def test_the_report_reads_equal_tokens_and_says_what_is_not_measured(config):
     cells = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
     assert cells[compare.FIRST][1:4] == ["3", "1,200", "0.700 [0.600, 0.800]"]
     assert cells["gae_pretrained_critic"][2] == "900"  # three of its twelve steps went into its critic
-    assert cells[compare.NOT_COUNTED][2] == "1,200"
+    assert cells["gae_pretrained_critic, its pre-training not counted"][2] == "1,200"
     assert cells["grpo_8"][2] == "not measured"
     assert "6 runs with ppo_llm.py of commit 0123456; a machine" in lines[-1]
     document = config.document.read_text()
