@@ -323,6 +323,7 @@ REFUSED += [
      "needs a KL whose coefficient is not 0"),
     ({"critic_early_stop": True}, "critic_early_stop needs 2 epochs of the critic"),
     ({"critic_early_stop": True, "ppo_epochs": 4, "critic_ppo_epochs": 1}, "needs 2 epochs of the critic"),
+    ({"device": "bogus"}, "there is no device bogus"),
     ({"lora_alpha": 8.0}, "lora_* flags need lora_rank"),
     ({"lora_target": "q_proj"}, "lora_* flags need lora_rank"),
     ({"critic_early_stop": True, "ppo_epochs": 2, "train_batch_size": 8, "ppo_mini_batch_size": 8}, "10 responses"),
