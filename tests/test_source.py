@@ -2,16 +2,18 @@
 
 import ast
 import dataclasses
-import io
 import re
 import shlex
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
 import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import sizes
 
 import ppo_classic
 import ppo_llm
@@ -63,29 +65,11 @@ def depth(node: ast.AST) -> int:
 
 
 def code_tokens(name: str) -> list[tuple[int, int]]:
-    """First and last line of each token, without comments, docstrings, newlines and indents."""
-    documented = set()
-    for node in ast.walk(TREES[name]):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    found = []
-    for token in tokenize.generate_tokens(io.StringIO(SOURCES[name]).readline):
-        if token.type not in skipped and token.start[0] not in documented:
-            found.append((token.start[0], token.end[0]))
-    return found
+    return sizes.code_tokens(SOURCES[name])
 
 
 def code_lines(tokens: list[tuple[int, int]]) -> set[int]:
     return {line for first, last in tokens for line in range(first, last + 1)}
-
-
-def sections(name: str) -> dict[str, tuple[int, int]]:
-    """Banner -> its lines; the imports come before the first."""
-    lines = SOURCES[name].splitlines()
-    starts = [(number, line) for number, line in enumerate(lines, 1) if line.startswith("# ---- ")]
-    ends = [number for number, _ in starts[1:]] + [len(lines) + 1]
-    return {line.strip("# -"): (start, end) for (start, line), end in zip(starts, ends, strict=True)}
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="Python 3.12 and later count the parts of an f-string")
@@ -108,9 +92,9 @@ def test_code_is_not_dense(name):
     assert len(tokens) / len(lines) <= PER_LINE
     assert sum(len(text[number - 1]) for number in lines) / len(lines) <= MEAN_LENGTH
     dense = {}
-    for banner, (start, end) in sections(name).items():
+    for banner, start, end in sizes.parts(SOURCES[name], by_function=False)[1:]:
         part = [token for token in tokens if start <= token[0] < end]
-        if banner != "Options" and len(part) / len(code_lines(part)) > PER_LINE_OF_A_SECTION:
+        if not banner.startswith("Options") and len(part) / len(code_lines(part)) > PER_LINE_OF_A_SECTION:
             dense[banner] = len(part) / len(code_lines(part))
     assert dense == {}
 
