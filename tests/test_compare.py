@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import compare
+import make_demo
 
 import ppo_llm
 
@@ -195,3 +197,23 @@ def test_the_report_reads_equal_tokens_and_says_what_is_not_measured(config):
     assert ends == pytest.approx([0.6, 0.7, 0.8])
     for name in ("curves.png", "ends.png"):
         assert (config.results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kinds_of_problems_are_spoiled_in_turn_as_often_as_told():
+    args = make_demo.Args(fault=(0.85, 0.95, 0.99))
+    rng = random.Random(1)
+    kinds = set()
+    for _ in range(300):
+        problem = make_demo.make_problem(rng, 2)
+        ending = make_demo.TWO_STEP[problem.kind].question.split("}")[-1]
+        assert problem.question.endswith(ending)
+        assert make_demo.fault_share(args, problem) == (0.85, 0.95, 0.99)[problem.kind % 3]
+        kinds.add(problem.kind)
+    assert kinds == set(range(15))
+
+
+def test_the_shipped_problems_are_those_that_the_script_makes():
+    problems = make_demo.make_rows(random.Random("test 1"), 600, 0.36, ())
+    lines = (ROOT / "assets" / "demo" / "test.jsonl").read_text().splitlines()
+    made = [{"question": problem.question, "answer": problem.answer} for problem in problems]
+    assert made == [json.loads(line) for line in lines]
