@@ -230,6 +230,9 @@ def run_queue(config: Config) -> int:
     failed = 0
     while todo or running:
         while todo and len(running) < config.jobs:
+            if result_path(*todo[0], config).exists():  # of another queue
+                todo.pop(0)
+                continue
             process = multiprocessing.get_context("fork").Process(target=run_job, args=(*todo.pop(0), config))
             process.start()
             running.append(process)
