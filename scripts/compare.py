@@ -420,7 +420,7 @@ def draw(found: dict, config: Config) -> None:
 
 
 def draw_ends(found: dict, config: Config) -> None:
-    """ends.png: a line per configuration: stroke the interquartile mean, bar its band, a dot for each seed."""
+    """ends.png: a line per configuration: the interquartile mean, its band, a dot for each seed."""
     names = [name for name in in_order(found) if name in found]
     figure = matplotlib.figure.Figure(figsize=(12, 0.27 * len(names) + 0.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
