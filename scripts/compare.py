@@ -223,6 +223,16 @@ def run_job(name: str, seed: int, config: Config) -> None:
     print(f"{name} seed {seed}: {rows[-1]['eval/score']}, {note['cpu_seconds']} s of CPU", flush=True)
 
 
+def count_failures(running: list, ended: list[int]) -> int:
+    """How many of the processes whose sentinels are given have failed."""
+    failed = 0
+    for process in running:
+        if process.sentinel in ended:
+            process.join()
+            failed += process.exitcode != 0
+    return failed
+
+
 def run_queue(config: Config) -> int:
     """Runs what is left, config.jobs at a time. Returns how many failed."""
     todo = queue(config)
@@ -230,18 +240,15 @@ def run_queue(config: Config) -> int:
     failed = 0
     while todo or running:
         while todo and len(running) < config.jobs:
-            if result_path(*todo[0], config).exists():  # of another queue
-                todo.pop(0)
-                continue
-            process = multiprocessing.get_context("fork").Process(target=run_job, args=(*todo.pop(0), config))
-            process.start()
-            running.append(process)
-        ended = multiprocessing.connection.wait([process.sentinel for process in running])
-        for process in running:
-            if process.sentinel in ended:
-                process.join()
-                failed += process.exitcode != 0
-        running = [process for process in running if process.sentinel not in ended]
+            job = todo.pop(0)
+            if not result_path(*job, config).exists():  # another queue may have made it meanwhile
+                process = multiprocessing.get_context("fork").Process(target=run_job, args=(*job, config))
+                process.start()
+                running.append(process)
+        if running:
+            ended = multiprocessing.connection.wait([process.sentinel for process in running])
+            failed += count_failures(running, ended)
+            running = [process for process in running if process.sentinel not in ended]
     return failed
 
 

@@ -140,6 +140,13 @@ def test_a_stopped_queue_runs_only_what_is_left_and_sums_tokens_up(config, task,
     assert [row["eval/score"] for row in rows] == ["0.25", "", "0.75"]
 
 
+def test_what_another_queue_has_made_meanwhile_is_not_run_again(config, task, monkeypatch):
+    monkeypatch.setattr(ppo_llm, "start", lambda: 2)  # a run would fail
+    monkeypatch.setattr(compare, "queue", lambda config: [("grpo_4", 1)])
+    write_result("grpo_4", 1, 0.8, config)
+    assert compare.run_queue(config) == 0
+
+
 def test_a_run_that_fails_leaves_no_result_and_is_counted(config, task, monkeypatch):
     monkeypatch.setattr(ppo_llm, "start", lambda: 2)
     config = dataclasses.replace(config, seeds=(1,), only=("grpo_4",))
