@@ -223,6 +223,16 @@ def run_job(name: str, seed: int, config: Config) -> None:
     print(f"{name} seed {seed}: {rows[-1]['eval/score']}, {note['cpu_seconds']} s of CPU", flush=True)
 
 
+def count_failures(running: list, ended: list[int]) -> int:
+    """How many of the processes whose sentinels are given have failed."""
+    failed = 0
+    for process in running:
+        if process.sentinel in ended:
+            process.join()
+            failed += process.exitcode != 0
+    return failed
+
+
 def run_queue(config: Config) -> int:
     """Runs what is left, config.jobs at a time. Returns how many failed."""
     todo = queue(config)
@@ -230,15 +240,15 @@ def run_queue(config: Config) -> int:
     failed = 0
     while todo or running:
         while todo and len(running) < config.jobs:
-            process = multiprocessing.get_context("fork").Process(target=run_job, args=(*todo.pop(0), config))
-            process.start()
-            running.append(process)
-        ended = multiprocessing.connection.wait([process.sentinel for process in running])
-        for process in running:
-            if process.sentinel in ended:
-                process.join()
-                failed += process.exitcode != 0
-        running = [process for process in running if process.sentinel not in ended]
+            job = todo.pop(0)
+            if not result_path(*job, config).exists():  # another queue may have made it meanwhile
+                process = multiprocessing.get_context("fork").Process(target=run_job, args=(*job, config))
+                process.start()
+                running.append(process)
+        if running:
+            ended = multiprocessing.connection.wait([process.sentinel for process in running])
+            failed += count_failures(running, ended)
+            running = [process for process in running if process.sentinel not in ended]
     return failed
 
 
@@ -412,23 +422,23 @@ def draw(found: dict, config: Config) -> None:
         axis.set_title(f"{name} ({len(seeds)} seeds)", fontsize=10)
         axis.set_ylim(0, 1)
     figure.supxlabel("generated tokens, thousands")
-    figure.supylabel(f"greedy score on held-out problems; thin: a seed, thick: mean, grey: mean of {FIRST}")
+    figure.supylabel("greedy score on held-out problems")
     figure.savefig(config.results / "curves.png", dpi=90)
 
 
 def draw_ends(found: dict, config: Config) -> None:
-    """ends.png: a line per configuration with the interquartile mean, its band, and a dot for each seed."""
+    """ends.png: a line per configuration: the interquartile mean, its band, a dot for each seed."""
     names = [name for name in in_order(found) if name in found]
-    figure = matplotlib.figure.Figure(figsize=(13, 0.4 * len(names) + 1.2), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(12, 0.27 * len(names) + 0.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"end": "greedy score at the end", "on_the_way": "mean of the last four evaluations"}
+    titles = {"end": "greedy score at the end", "on_the_way": "greedy score on the way"}
     for axis, (metric, title) in zip(panels, titles.items(), strict=True):
         for y, name in enumerate(names):
             x = column(found[name], metric)
             axis.plot(bootstrap_band(x), [y, y], color="0.6", linewidth=6, solid_capstyle="butt")
             axis.plot(x, np.full(len(x), y), "o", color="tab:blue", markersize=4)
             axis.plot(interquartile_mean(x), y, "|", color="black", markersize=16, markeredgewidth=2)
-        axis.set_title(f"{title}; bar: 95 % band, stroke: IQM, dot: a seed", fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()

@@ -1,6 +1,8 @@
 """Make the demo folder: a tiny chat model with a fixable bad habit, and grade-school word problems in GSM8K's format.
 
     python scripts/make_demo.py                  # 12-15 minutes on 2 CPU cores, writes assets/demo (5 MB)
+    python scripts/make_demo.py --base assets/demo --steps 120 --lr 5e-4 --warmup 20 --fault 0.85 0.95 0.99 \
+        --threads 1 --out output/compare/task    # the harder task of docs/ppo_or_grpo.md, 40 seconds on one core
 
 The folder holds a Qwen2 model of about 1 M parameters with its own byte-level BPE tokenizer and ChatML template, and
 train.jsonl / test.jsonl with {"question": ..., "answer": "...\n#### N"} rows whose answers are right. The model is

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import compare
+import make_demo
 
 import ppo_llm
 
@@ -138,6 +140,13 @@ def test_a_stopped_queue_runs_only_what_is_left_and_sums_tokens_up(config, task,
     assert [row["eval/score"] for row in rows] == ["0.25", "", "0.75"]
 
 
+def test_what_another_queue_has_made_meanwhile_is_not_run_again(config, task, monkeypatch):
+    monkeypatch.setattr(ppo_llm, "start", lambda: 2)  # a run would fail
+    monkeypatch.setattr(compare, "queue", lambda config: [("grpo_4", 1)])
+    write_result("grpo_4", 1, 0.8, config)
+    assert compare.run_queue(config) == 0
+
+
 def test_a_run_that_fails_leaves_no_result_and_is_counted(config, task, monkeypatch):
     monkeypatch.setattr(ppo_llm, "start", lambda: 2)
     config = dataclasses.replace(config, seeds=(1,), only=("grpo_4",))
@@ -195,3 +204,23 @@ def test_the_report_reads_equal_tokens_and_says_what_is_not_measured(config):
     assert ends == pytest.approx([0.6, 0.7, 0.8])
     for name in ("curves.png", "ends.png"):
         assert (config.results / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kinds_of_problems_are_spoiled_in_turn_as_often_as_told():
+    args = make_demo.Args(fault=(0.85, 0.95, 0.99))
+    rng = random.Random(1)
+    kinds = set()
+    for _ in range(300):
+        problem = make_demo.make_problem(rng, 2)
+        ending = make_demo.TWO_STEP[problem.kind].question.split("}")[-1]
+        assert problem.question.endswith(ending)
+        assert make_demo.fault_share(args, problem) == (0.85, 0.95, 0.99)[problem.kind % 3]
+        kinds.add(problem.kind)
+    assert kinds == set(range(15))
+
+
+def test_the_shipped_problems_are_those_that_the_script_makes():
+    problems = make_demo.make_rows(random.Random("test 1"), 600, 0.36, ())
+    lines = (ROOT / "assets" / "demo" / "test.jsonl").read_text().splitlines()
+    made = [{"question": problem.question, "answer": problem.answer} for problem in problems]
+    assert made == [json.loads(line) for line in lines]
