@@ -2342,6 +2342,8 @@ class Run(contextlib.AbstractContextManager):
         """training_curves.png: 3 x 3 panels, evaluations with their standard errors."""
         if RANK:
             return
+        import gc
+
         import matplotlib.figure
 
         c = self.config
@@ -2354,6 +2356,7 @@ class Run(contextlib.AbstractContextManager):
                 errors = self.table["eval/standard_error"].dropna() if name == "eval/score" else None
                 axis.errorbar(curve.index, curve, errors, marker=".", capsize=3)
         figure.savefig(self.folder / "training_curves.png", dpi=80)
+        gc.collect()  # a figure is a cycle of references: without this, memory grows with every evaluation
 
     def print_end(self) -> None:
         """Evaluations before and after, and where to look."""
