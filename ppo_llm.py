@@ -1291,7 +1291,7 @@ def check_config(c: Config) -> None:
     mini_batch_sizes = [c.ppo_mini_batch_size, c.critic_ppo_mini_batch_size or 1]
     for is_wrong, sentence in (
         (c.device.startswith("cuda") and not torch.cuda.is_available(), f"device {c.device}: no CUDA here"),
-        (not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device), f"there is no device {c.device}"),
+        (not re.fullmatch(r"auto|cpu|(mps|cuda)(:\d+)?", c.device), f"there is no device {c.device}"),
         (c.clip_ratio_c is not None and c.clip_ratio_c <= 1, "clip_ratio_c must exceed 1"),
         (c.use_kl_in_reward and c.use_kl_loss, "use_kl_in_reward or use_kl_loss: choose one"),
         (c.reference == "previous" and (adaptive or not c.use_kl_loss),

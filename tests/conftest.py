@@ -78,6 +78,12 @@ def save_folder(folder: Path, lm: transformers.PreTrainedModel, tokenizer=None) 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """ppo_classic.py takes all cores where it sees pixels; another number of threads rounds in another way."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     return save_folder(tmp_path_factory.mktemp("qwen2"), make_lm())
