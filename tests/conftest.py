@@ -78,8 +78,8 @@ def save_folder(folder: Path, lm: transformers.PreTrainedModel, tokenizer=None) 
     return folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
+def pytest_runtest_setup():
     """ppo_classic.py takes all cores where it sees pixels; another number of threads rounds in another way."""
     torch.set_num_threads(1)
 

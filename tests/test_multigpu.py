@@ -289,7 +289,7 @@ def compare(one: Path, two: Path) -> dict[str, float]:
         assert distance(start, two / start.name, "weight") == 0
         if path.stem.endswith("_1"):  # after one step AdamW's first mean is 0.1 times the clipped gradient
             errors[path.stem] = distance(path, other, "exp_avg")
-            bar = 5e-7
+            bar = 5e-6  # 2e-7 with one thread in both; a dropped micro-batch is off by percents
         else:
             errors[path.stem] = distance(path, other, "weight", start)
             bar = 0.02
