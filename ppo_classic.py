@@ -197,7 +197,10 @@ PRESETS = {  # by the name of the environment, else by the kind of its spaces
 
 def is_image(space: gym.Space) -> bool:
     """Three axes of bytes, large enough for the convolutions; a smaller one is treated as a vector."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+    if space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    _, smaller_side, _ = sorted(space.shape)  # the least is the number of channels
+    return smaller_side >= 36
 
 
 def flatten(env: gym.Env) -> gym.Env:
@@ -621,7 +624,8 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Batch
     for t in range(c.num_steps):
         obs[t] = stream.obs
         actions.append(agent.act(obs[t], rng))
-        following[t], rewards[t], terminated[t], valid[t] = stream.step(agent.head.to_env(actions[t]))
+        played = agent.head.to_env(actions[t])
+        following[t], rewards[t], terminated[t], valid[t] = stream.step(played)
         done[t] = stream.over
     check_numbers({"observation": obs, "next observation": following, "reward": rewards}, step)
     if c.norm_reward == "sign":
@@ -716,7 +720,8 @@ def update(agent: Agent, batch: Batch, step: int, kl_coef: float, c: Config) -> 
     for name in logged[0]:
         metrics[name] = torch.cat([terms[name] for terms in logged]).mean().item()
     metrics["policy/kl_last"] = last_kl
-    metrics["policy/ratio_first"] = 1 + (logged[0]["policy/ratio"] - 1).abs().max().item()
+    first_gap = (logged[0]["policy/ratio"] - 1).abs().max()
+    metrics["policy/ratio_first"] = 1 + first_gap.item()
     variance = batch.returns.var(correction=0).item()
     error = (batch.returns - batch.values).var(correction=0).item()
     metrics["value/explained_variance"] = 1 - error / variance if variance > 1e-12 else math.nan
@@ -991,7 +996,7 @@ class Run:
             "gymnasium": gym.__version__,
             "commit": git_commit(),
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-            "seconds": round(time.perf_counter() - self.clock, 1),
+            "seconds": round(time.perf_counter() - self.clock, 3),
             "resume_command": self.command,
         }
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=2))

@@ -2167,7 +2167,7 @@ class Run(contextlib.AbstractContextManager):
         found = self.evaluations()
         summary = {
             "status": status, "reason": reason, "step": int(max(self.table.index, default=0)),
-            "total_steps": self.total, "seconds": round(time.perf_counter() - self.began, 1),
+            "total_steps": self.total, "seconds": round(time.perf_counter() - self.began, 3),
             "resume_command": self.command, "first_evaluation": found[:1], "last_evaluation": found[-1:],
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__},
