@@ -331,7 +331,8 @@ def compute_rewards(
     Token t of L gets discount^(L-1-t) of the score, normalised to sum 1: 0 puts all on the last token, 1
     spreads it evenly.
     """
-    tokens_after = (mask.long().flip(1).cumsum(1).flip(1) - 1).clamp(min=0)
+    tokens_from_here = mask.long().flip(1).cumsum(1).flip(1)
+    tokens_after = (tokens_from_here - 1).clamp(min=0)
     weights = torch.full_like(mask, discount).pow(tokens_after) * mask
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-8)
     return (weights * scores[:, None] - kl_coef * kl).masked_fill(mask == 0, 0.0)
@@ -612,7 +613,8 @@ class Learner:
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
-        return {"weight": self.masters[i].detach(), **self.optimizer.state.get(self.masters[i], {})}
+        master = self.masters[i]
+        return {"weight": master.detach(), **self.optimizer.state.get(master, {})}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
         master = self.masters[i].data.copy_(state.pop("weight"))
@@ -1822,6 +1824,13 @@ def gsm8k_reward(prompts: list[str], responses: list[str], answers: list[str]) -
     return [score_gsm8k_strict(*pair) for pair in zip(responses, answers, strict=True)]
 
 
+def to_number(x) -> float:
+    """What a reward gave for a row; not a number where that is None or text."""
+    if x is None or isinstance(x, str):
+        return math.nan
+    return float(x)
+
+
 def read_scores(result, count: int) -> tuple[list, dict]:
     """Scores and metrics out of what a reward returned. Raises UsageError naming the row or metric."""
     scores, measured = result if isinstance(result, tuple) else (result, {})
@@ -1829,7 +1838,7 @@ def read_scores(result, count: int) -> tuple[list, dict]:
     for name, column in columns.items():
         if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
             raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
-        columns[name] = [math.nan if isinstance(x, (str, type(None))) else float(x) for x in column]
+        columns[name] = [to_number(x) for x in column]
         for row, x in enumerate(columns[name]):
             if not abs(x) < 3e38:  # finite, in fp32 too
                 raise UsageError(f"the reward's {name} of row {row} is {column[row]!r}, not a finite number")
@@ -1867,8 +1876,9 @@ def mean_and_error(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.double()
     everyone = torch.ones_like(x)
     mean = masked_mean(x, everyone)
+    variance = masked_mean((x - mean).square(), everyone)
     count = sum_over_ranks(everyone.sum())
-    return mean, (masked_mean((x - mean).square(), everyone) / (count - 1).clamp(min=1)).sqrt()
+    return mean, (variance / (count - 1).clamp(min=1)).sqrt()
 
 
 def evaluate(
@@ -1988,7 +1998,9 @@ class Run(contextlib.AbstractContextManager):
         self.config = config
         self.total = total
         self.start = None  # the step it begins at
-        self.table = pandas.DataFrame()
+        self.step = 0  # of the last row of training_metrics.csv
+        self.columns = []  # of training_metrics.csv
+        self.evaluations = []  # the rows that have one: {"step", "eval/score", ...}
         self.said = set()  # by check_health
         self.settings_history = [{"step": 0, "config": asdict(config)}]
         self.is_tracked = config.track == "wandb"
@@ -2015,7 +2027,8 @@ class Run(contextlib.AbstractContextManager):
         """Logs and summary, from this step on."""
         self.start = start
         self.began = time.perf_counter()
-        self.table = self.restore_logs(start)
+        self.step = start
+        self.evaluations = self.restore_logs(start)
         shutil.rmtree(self.folder / "checkpoints" / "temporary", ignore_errors=True)  # of a killed run
         link = Path("output", "ppo_metrics")
         if self.folder.parent == link.parent and (link.is_symlink() or not link.exists()):
@@ -2023,8 +2036,11 @@ class Run(contextlib.AbstractContextManager):
             link.symlink_to(self.folder.name)
         self.write_summary("running")
 
-    def restore_logs(self, start: int) -> pandas.DataFrame:
-        """The table up to this step, and samples.jsonl cut there; without a checkpoint both begin anew."""
+    def restore_logs(self, start: int) -> list[dict]:
+        """Cuts training_metrics.csv and samples.jsonl at this step; without a checkpoint both begin anew.
+
+        Returns the evaluations so far.
+        """
         log = self.folder / "training_metrics.csv"
         samples = self.folder / "samples.jsonl"
         table = pandas.DataFrame()
@@ -2034,8 +2050,7 @@ class Run(contextlib.AbstractContextManager):
             print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
         if self.continues:
             try:
-                table = pandas.read_csv(log, index_col="step", float_precision="round_trip").astype(float)
-                table = table.loc[:start]
+                table = self.read_log().loc[:start]
                 with open(samples) as file:  # a kill may have left half a line
                     lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
             except (OSError, ValueError, KeyError) as error:
@@ -2047,7 +2062,21 @@ class Run(contextlib.AbstractContextManager):
             keep_old(log)
             keep_old(samples)
         write_whole(samples, "".join(lines))
-        return table
+        self.write_log(table)
+        evaluations = table.filter(regex="^eval/").dropna(how="all").dropna(axis=1)
+        return evaluations.reset_index(names="step").to_dict("records")
+
+    def read_log(self) -> pandas.DataFrame:
+        """training_metrics.csv; half a line at its end, as a full disk leaves it, is taken off."""
+        log = self.folder / "training_metrics.csv"
+        text = log.read_text()
+        if not text.endswith("\n"):
+            write_whole(log, text[: text.rfind("\n") + 1])
+        return pandas.read_csv(log, index_col="step").astype(float)
+
+    def write_log(self, table: pandas.DataFrame) -> None:
+        self.columns = sorted(table)
+        write_whole(self.folder / "training_metrics.csv", table[self.columns].to_csv(index_label="step"))
 
     def progress_bar(self, start: int) -> Iterator[int]:
         """The steps that are left; on a terminal with a bar below the rows."""
@@ -2059,12 +2088,13 @@ class Run(contextlib.AbstractContextManager):
         self, step: int, models: Models, reward: Callable, examples: list[Example], kl_coef: float
     ) -> None:
         """Also when the run was stopped before the evaluation of the step that it is resumed from."""
-        is_done = step in [row["step"] for row in self.evaluations()]
+        is_done = step in [row["step"] for row in self.evaluations]
         if is_done or not examples or (step < self.total and step % self.config.eval_every):
             return
         with self.saving_on_error(step, models, kl_coef):
             metrics, samples = evaluate(models, reward, examples, kl_coef, self.config)
         metrics = self.add(step, metrics, samples)
+        self.evaluations.append({"step": step, **metrics})
         response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
         error = metrics["eval/standard_error"]
         tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
@@ -2078,8 +2108,13 @@ class Run(contextlib.AbstractContextManager):
     def add(self, step: int, metrics: dict, samples: list[dict]) -> dict[str, float]:
         """Into training_metrics.csv, samples.jsonl and the tracker. Returns the metrics as numbers."""
         metrics = {name: float(x) for name, x in metrics.items()}
-        self.table = pandas.DataFrame(metrics, index=[step]).combine_first(self.table).sort_index(axis=1)
-        write_whole(self.folder / "training_metrics.csv", self.table.to_csv(index_label="step"))
+        row = pandas.DataFrame(metrics, index=[step])
+        if step > self.step and set(row) <= set(self.columns):
+            row = row.reindex(columns=self.columns)
+            row.to_csv(self.folder / "training_metrics.csv", mode="a", header=False)
+        else:  # the evaluation of a step that has its row, or a metric that is new
+            self.write_log(row.combine_first(self.read_log()))
+        self.step = step
         with open(self.folder / "samples.jsonl", "a") as file:
             file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
         if self.is_tracked:
@@ -2153,22 +2188,17 @@ class Run(contextlib.AbstractContextManager):
         if isinstance(error, (OSError, SafetensorError)):
             raise UsageError(f"{self.folder}: {error}") from error
 
-    def evaluations(self) -> list[dict]:
-        """The rows of the table that have one."""
-        found = self.table.filter(regex="^eval/").dropna(how="all").dropna(axis=1)
-        return found.reset_index(names="step").to_dict("records")
-
     def write_summary(self, status: str, reason: str | None = None) -> None:
         commit = None
         if shutil.which("git"):
             git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
             commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        found = self.evaluations()
         summary = {
-            "status": status, "reason": reason, "step": int(max(self.table.index, default=0)),
+            "status": status, "reason": reason, "step": self.step,
             "total_steps": self.total, "seconds": round(time.perf_counter() - self.began, 3),
-            "resume_command": self.command, "first_evaluation": found[:1], "last_evaluation": found[-1:],
+            "resume_command": self.command, "first_evaluation": self.evaluations[:1],
+            "last_evaluation": self.evaluations[-1:],
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__},
             "commit": commit, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}",
@@ -2183,21 +2213,25 @@ class Run(contextlib.AbstractContextManager):
         import matplotlib.figure
 
         c = self.config
+        table = self.read_log()
         figure = matplotlib.figure.Figure(figsize=(13, 9), layout="constrained")
         figure.suptitle(f"{Path(c.model).name}, data {c.dataset}, reward {c.reward}, seed {c.seed}")
-        for axis, (name, unit) in zip(figure.subplots(3, 3).flat, CURVES.items(), strict=True):
-            axis.set(title=name, xlabel="step", ylabel=unit)
-            if name in self.table:
-                curve = self.table[name].dropna()
-                errors = self.table["eval/standard_error"].dropna() if name == "eval/score" else None
-                axis.errorbar(curve.index, curve, errors, marker=".", capsize=3)
+        panels = figure.subplots(3, 3).flat
+        for axis, name in zip(panels, CURVES, strict=True):
+            axis.set(title=name, xlabel="step", ylabel=CURVES[name])
+            if name not in table:
+                continue
+            curve = table[name].dropna()
+            errors = None
+            if name == "eval/score":
+                errors = table["eval/standard_error"].dropna()
+            axis.errorbar(curve.index, curve, errors, marker=".", capsize=3)
         figure.savefig(self.folder / "training_curves.png", dpi=80)
         gc.collect()  # a figure is a cycle of references: without this, memory grows with every evaluation
 
     def print_end(self) -> None:
         """Evaluations before and after, and where to look."""
-        found = self.evaluations()
-        for row in found[:1] + found[1:][-1:]:
+        for row in self.evaluations[:1] + self.evaluations[1:][-1:]:
             error = row["eval/standard_error"]
             print(f"evaluation at step {row['step']}: {row['eval/score']:.4g} ± {error:.2g}")
         inspector = HERE / "scripts" / "inspect_run.py"

@@ -172,14 +172,38 @@ def test_a_folder_called_ppo_metrics_is_not_replaced_by_the_link(folder, tmp_pat
 def test_the_log_takes_a_new_metric_later_and_keeps_every_bit(folder, tmp_path, quick):
     rows = [{"step": 1, "b": 0.1 + 0.2}, {"step": 2, "b": math.nan}, {"step": 3, "a": 1 / 3, "b": 1e-300, "c": 5e-324}]
     with ppo_llm.Run(make_config(folder, output_dir=str(tmp_path)), 3) as run:
+        run.begin(0)
         for row in rows:
             run.add(row["step"], {name: x for name, x in row.items() if name != "step"}, [])
     assert (tmp_path / "training_metrics.csv").read_text().splitlines()[0] == "step,a,b,c"
     assert read_log(tmp_path) == [rows[0], {"step": 2}, rows[2]]
 
 
+def test_half_a_line_at_the_end_of_the_log_is_taken_off(folder, tmp_path, quick):
+    config = make_config(folder, output_dir=str(tmp_path))
+    with ppo_llm.Run(config, 20) as run:
+        run.begin(0)
+        run.add(3, {"a": 0.5}, [])
+        with open(tmp_path / "training_metrics.csv", "a") as file:
+            file.write("1")  # of "12,0.25": a whole line could not be told from it
+        assert run.read_log().to_dict("index") == {3: {"a": 0.5}}
+        run.add(4, {"a": 0.25, "b": 1.0}, [])
+    assert (tmp_path / "training_metrics.csv").read_text() == "step,a,b\n3,0.5,\n4,0.25,1.0\n"
+
+
+def test_the_evaluation_of_a_step_joins_its_row(folder, tmp_path, quick):
+    with ppo_llm.Run(make_config(folder, output_dir=str(tmp_path)), 3) as run:
+        run.begin(0)
+        run.add(1, {"a": 0.5}, [])
+        run.add(1, {"eval/score": 0.1 + 0.2}, [])
+        run.add(2, {"a": 0.25}, [])
+    expected = "step,a,eval/score\n1,0.5,0.30000000000000004\n2,0.25,\n"
+    assert (tmp_path / "training_metrics.csv").read_text() == expected
+
+
 def test_the_columns_of_the_log_are_in_alphabetical_order_whatever_a_step_measures_first(folder, tmp_path, quick):
     with ppo_llm.Run(make_config(folder, output_dir=str(tmp_path)), 3) as run:
+        run.begin(0)
         run.add(1, {"b": 1.0, "a": 2.0}, [])
         assert (tmp_path / "training_metrics.csv").read_text() == "step,a,b\n1,2.0,1.0\n"
 

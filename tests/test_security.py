@@ -284,6 +284,7 @@ def test_a_tracker_gets_the_settings_and_the_numbers_and_no_text(run, monkeypatc
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     tracked = ppo_llm.Run(make_config(folder, output_dir=str(tmp_path / "run"), track="wandb"), 1)
+    tracked.begin(0)
     tracked.add(1, {"reward/score": 1.0}, [{"prompt": "a private prompt", "response": "a private response"}])
     tracked.lock.close()
     assert sent[0]["config"] == dataclasses.asdict(tracked.config) and sent[1:] == [{"reward/score": 1.0}]
@@ -323,7 +324,9 @@ class Log(ppo_llm.Run):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.table = ppo_llm.pandas.DataFrame()
+        self.step = 0
+        self.evaluations = []
+        self.write_log(ppo_llm.pandas.DataFrame())
         self.is_tracked = False
         self.total = 1
         self.config = Config(model="m")
@@ -344,12 +347,12 @@ def test_a_response_on_the_console_is_escaped_and_cut_to_the_terminal(tmp_path, 
     assert is_harmless(saved) and json.loads(saved)["response"] == sample["response"]
 
 
-def test_the_first_prompt_and_the_stop_tokens_are_escaped(capsys):
+def test_the_first_prompt_and_the_stop_tokens_are_escaped(tmp_path, capsys):
     tokenizer = transformers.AutoTokenizer.from_pretrained(ppo_llm.DEMO.model)
     tokenizer.add_special_tokens({"eos_token": "<\x1b]0;title\x07>"})
     row = {"prompt": ESCAPES.replace("\x00", ""), "answer": "1"}
     examples = ppo_llm.make_examples([row], tokenizer, Config(reward="f.py:f"), "SOURCE", True)
-    log = Log(Path("F"))
+    log = Log(tmp_path)
     log.command = "python"
     log.print_plan(tokenizer, examples, [])
 
