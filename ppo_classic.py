@@ -79,7 +79,7 @@ COLUMNS = {  # of the console
     "explained": "value/explained_variance",
     "steps/s": "time/steps_per_second",
 }
-CURVES = {  # panels of training_curves.png, and their units
+CURVES = {  # panels of training_curves.png, columns of training_metrics.csv, and their units
     "rollout/return_100": "mean of 100 episodes; dot: evaluation",
     "rollout/length_100": "mean of 100 episodes, steps",
     "time/steps_per_second": "steps per second",
@@ -107,7 +107,7 @@ warn_once = functools.cache(warn)
 
 
 @dataclass
-class Config:
+class Config:  # one line per option, whose comment is its sentence in --help; a line of comment is a heading
     # Run
     env_id: str = "CartPole-v1"  # Gymnasium id, or module:id; the other defaults follow from it
     seed: int = 1  # seeds the weights, the noise, the shuffles and the environments
@@ -237,9 +237,10 @@ def make_envs(c: Config, num_envs: int, evaluation: bool = False) -> VectorEnv:
         if c.vectorization != "async":
             return gym.make_vec(env_id, num_envs, "sync", {"copy": False}, [flatten])  # we copy what we keep
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this
-        envs = gym.make_vec(env_id, num_envs, "async", {"copy": False}, [flatten])
-        signal.signal(signal.SIGINT, handler)
-        return envs
+        try:
+            return gym.make_vec(env_id, num_envs, "async", {"copy": False}, [flatten])
+        finally:
+            signal.signal(signal.SIGINT, handler)
     except Exception as error:  # whatever is wrong with it, the user can only install or choose another
         raise UsageError(f"env_id {c.env_id}: {error or repr(error)}".split("\n")[0]) from error
 
@@ -313,8 +314,7 @@ class Categorical(nn.Module):
         return np.concatenate(chosen, 1)
 
     def to_env(self, actions: ndarray) -> ndarray:
-        actions = actions + self.space.start
-        return actions.reshape(-1, *self.space.shape)
+        return actions.reshape(-1, *self.space.shape) + self.space.start
 
     def evaluate(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies in nats, [rows]."""
@@ -521,7 +521,7 @@ def clipped_policy_loss(
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
     is_clipped = clipped > unclipped
-    is_bounded = torch.zeros_like(ratio)
+    is_bounded = torch.zeros_like(is_clipped)
     if clip_c is not None:
         bound = -advantages * clip_c
         is_bounded = (advantages < 0) & (loss > bound)
@@ -569,8 +569,8 @@ class Batch:
 def ppo_loss(agent: Agent, batch: Batch, kl_coef: float, c: Config) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a mini-batch, and what is logged of it, [rows]: the function to edit.
 
-    All terms have one number per row. torch.autograd does the rest, and what is added to `logged` has a
-    column in training_metrics.csv.
+    All terms have one number per row (of torch's losses, reduction="none"). torch.autograd does the rest, and
+    a tensor [rows] that is added to `logged` has its mean in training_metrics.csv.
     """
     outputs, values = agent(batch.inputs)
     logprobs, entropy = agent.head.evaluate(outputs, batch.actions)
@@ -725,7 +725,7 @@ def update(agent: Agent, batch: Batch, step: int, kl_coef: float, c: Config) -> 
     variance = batch.returns.var(correction=0).item()
     error = (batch.returns - batch.values).var(correction=0).item()
     metrics["value/explained_variance"] = 1 - error / variance if variance > 1e-12 else math.nan
-    metrics["optim/grad_norm"] = norms[0]
+    metrics["optim/grad_norm"] = norms[0]  # of the first mini-batch
     metrics["optim/epochs"] = len(logged) // len(last_epoch)
     metrics["optim/skipped_steps"] = sum(not math.isfinite(norm) for norm in norms)
     return metrics
@@ -742,7 +742,8 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
         clock = time.perf_counter()
         left = 1 - state["global_step"] / c.total_timesteps
         lr = c.learning_rate * left if c.anneal_lr else c.learning_rate
-        # A schedule of your own goes here: agent.ent_coef = c.ent_coef * left, which ppo_loss can read.
+        # A schedule of your own goes here: agent.ent_coef = c.ent_coef * left, which ppo_loss can read if
+        # Agent.__init__ gives it a first value; as a number in `row` below it has a column.
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)
@@ -767,7 +768,7 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
             **metrics,
             "policy/kl_coef": state["kl_coef"],
             "optim/lr": lr,
-            "optim/skipped_steps": state["skipped"],
+            "optim/skipped_steps": state["skipped"],  # of the whole run, in place of this update's
             "time/rollout": middle - clock,
             "time/update": end - middle,
             "time/steps_per_second": len(batch.values) / (end - clock),
@@ -871,7 +872,7 @@ def evaluate(agent: Agent, c: Config) -> dict[str, float]:
             if STOP:
                 sys.exit(128 + STOP[0])
             stream.step(agent.head.to_env(agent.act(stream.obs, rng)))
-            is_endless = stream.lengths >= c.eval_max_steps
+            is_endless = (stream.lengths >= c.eval_max_steps) & ~stream.over
             is_counted = (stream.over | is_endless) & (left > 0)
             returns += stream.returns[is_counted].tolist()
             left[is_counted] -= 1
@@ -949,7 +950,10 @@ class Run:
 
     def log(self, row: dict[str, float]) -> None:
         """A row for training_metrics.csv, console and tracker. A tracker that fails is said and left out."""
-        with open(self.folder / "training_metrics.csv", "a") as file:
+        log = self.folder / "training_metrics.csv"
+        if self.lines == 0 and log.exists() and log.read_text().split("\n")[0] != ",".join(row):
+            keep_old(log)  # of a run with other metrics, before the file was edited
+        with open(log, "a") as file:
             if file.tell() == 0:
                 print(*row, sep=",", file=file)
             print(*row.values(), sep=",", file=file)
@@ -967,7 +971,9 @@ class Run:
         steps = row["global_step"]
         total = self.config.total_timesteps
         if self.bar is None:
-            hidden = os.environ.get("TERM") == "dumb" or None  # None: unless stdout is a terminal
+            hidden = None  # unless stdout is a terminal
+            if os.environ.get("TERM") == "dumb":
+                hidden = True
             self.bar = tqdm(initial=steps, total=total, unit=" steps", file=sys.stdout, disable=hidden)
         self.bar.update(min(steps, total) - self.bar.n)
         if steps < min(total, self.next_line):
@@ -975,7 +981,7 @@ class Run:
         self.next_line = steps + total / 50
         cells = {"step": str(steps), "seconds": f"{time.perf_counter() - self.clock:.0f}"}
         for title, name in COLUMNS.items():
-            cells[title] = f"{row[name]:.4g}"
+            cells[title] = f"{row[name]:.3g}"
         titles = list(cells)[: shutil.get_terminal_size().columns // 10]
         if self.lines % 20 == 0:
             tqdm.write("".join(f"{title:>10}" for title in titles))
@@ -1023,7 +1029,12 @@ def start_tracker(run: Run) -> Callable[[dict, int], object]:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run.folder / "tensorboard")
-        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()]
+
+        def send(row: dict, step: int) -> None:
+            for name, x in row.items():
+                writer.add_scalar(name, x, step)
+
+        return send
     return lambda row, step: None
 
 
@@ -1180,7 +1191,7 @@ def start() -> int:
     try:
         env_id = tyro.cli(Config, args=arguments, use_underscores=True).env_id  # the defaults follow from it
         defaults = choose_preset(env_id)
-        if len(arguments) < len(sys.argv) - 1:
+        if arguments != sys.argv[1:]:
             show_help(defaults)
         else:
             main(tyro.cli(Config, args=arguments, default=defaults, use_underscores=True))

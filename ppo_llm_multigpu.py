@@ -403,14 +403,14 @@ def compute_advantages(
 
 
 def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """min(exp(old - sampled), cap) [B, T], 1 outside the mask: another policy has sampled than is trained.
+    """min(exp(old - sampled), cap) [B, T], 1 outside the mask, for a sampler that is not the trained policy.
 
     Truncated importance sampling (arXiv:1802.01561, section 4.1, where it is rho; for rollouts of another
     engine: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). No
     gradient flows through it.
     """
     gap = (old_logprobs - sampled_logprobs).detach().masked_fill(mask == 0, 0.0)
-    return gap.clamp(max=20).exp().clamp(max=cap)  # exp must not overflow
+    return gap.exp().clamp(max=cap)
 
 
 def clipped_policy_loss(
@@ -428,7 +428,7 @@ def clipped_policy_loss(
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(unclipped, clipped)
     is_clipped = clipped > unclipped
-    is_bounded = torch.zeros_like(ratio)
+    is_bounded = torch.zeros_like(is_clipped)
     if clip_c is not None:
         bound = -advantages * clip_c
         is_bounded = (advantages < 0) & (loss > bound)
@@ -492,8 +492,8 @@ def learning_rate_factor(progress: float, per_step: int, total: int, warmup: int
 
 
 # ---- Models ----------------------------------------------------------------------------------------------
-# Sequences of similar length share a rectangle [B, longest], padded on the right. Attention is causal: no
-# token sees the padding behind its sequence: no pass needs a mask, any causal model with a KV cache will do.
+# Sequences of similar length share a rectangle [B, longest], padded on the right. Attention is causal, so no
+# token sees the padding behind its sequence; only decode, which pads on the left, gives an attention mask.
 # Models stay in eval mode, in training too: with dropout or router noise the first ratio would not be 1.
 
 
@@ -579,7 +579,7 @@ class Learner:
         self.names = list(named)
         self.weights = list(named.values())
         self.masters = self.weights  # masters and sums are DeepSpeed's, and fp32
-        body = sum(w.requires_grad for w in model.lm.parameters())  # the value head comes after it
+        body = sum(w.requires_grad for w in model.lm.parameters())  # the value head is last
         groups = [
             {"params": self.masters[:body], "base_lr": lr},
             {"params": self.masters[body:], "base_lr": critic_lr},
@@ -783,7 +783,7 @@ class Example:
 
 @dataclass
 class Rollout:
-    """What one step collects. Tensors are [B, T], 0 outside the mask."""
+    """What one step collects. Tensors are [B, T]; what is outside the mask has no effect."""
 
     prompts: list[list[int]]
     responses: list[list[int]]  # up to and including the stop token
@@ -810,7 +810,7 @@ class Rollout:
         for name, x in vars(self).items():
             if isinstance(x, Tensor):
                 part[name] = x[rows, :width] if x.dim() == 2 else x[rows]
-            elif x:
+            elif x:  # a list that is filled in
                 part[name] = [x[i] for i in rows]
         return Rollout(**part)
 
@@ -886,8 +886,8 @@ def generate(
     for start in range(0, len(prompts), config.rollout_slots):
         rows = by_length[start : start + config.rollout_slots]
         batch_noise = None if noise is None else noise[rows]
-        results = decode(model, [prompts[i] for i in rows], batch_noise, stop, config)
-        for i, response, logprob in zip(rows, *results, strict=True):
+        found, found_logprobs = decode(model, [prompts[i] for i in rows], batch_noise, stop, config)
+        for i, response, logprob in zip(rows, found, found_logprobs, strict=True):
             responses[i] = response
             logprobs[i] = logprob
     return responses, logprobs
@@ -909,7 +909,7 @@ def forward(
     """Of each response token [B, T]: values, logprobs and entropy, as far as the model has them.
 
     With a reference also kl, the full KL to it. [N, V] never exists whole: the head works chunk by chunk, and
-    in training its chunks are computed again in backward.
+    in training its chunks, where there is more than one, are computed again in backward.
     """
     sequences = [prompt + response for prompt, response in zip(part.prompts, part.responses, strict=True)]
     lengths = [len(response) for response in part.responses]
@@ -941,16 +941,17 @@ def forward(
     if torch.is_grad_enabled() and len(states) > size:
         head = functools.partial(checkpoint, head, use_reentrant=False)
     chunks = zip(states.split(size), targets.split(size), ref_states.split(size), strict=True)
-    logprobs, entropy, kl = zip(*[head(*chunk) for chunk in chunks], strict=True)
-    outputs["logprobs"] = as_rows(torch.cat(logprobs))
-    outputs["entropy"] = as_rows(torch.cat(entropy))
+    results = [head(*chunk) for chunk in chunks]
+    logprobs, entropy, kl = map(torch.cat, zip(*results, strict=True))
+    outputs["logprobs"] = as_rows(logprobs)
+    outputs["entropy"] = as_rows(entropy)
     if reference:
-        outputs["kl"] = as_rows(torch.cat(kl))
+        outputs["kl"] = as_rows(kl)
     return outputs
 
 
 def micro_batches(rows: list[int], rollout: Rollout, config: Config) -> Iterator[tuple[list[int], Rollout]]:
-    """Groups of rows of similar length whose rectangle is within micro_batch_tokens."""
+    """Groups of rows of similar length whose rectangle is within micro_batch_tokens, or one longer row."""
     lengths = {i: len(rollout.prompts[i]) + len(rollout.responses[i]) for i in rows}
     group = []
     for i in sorted(rows, key=lengths.get):
@@ -1015,7 +1016,7 @@ def measure_kl(models: Models, rollout: Rollout, config: Config) -> None:
 
 
 def score_anew(models: Models, rollout: Rollout, config: Config) -> dict[str, Tensor]:
-    """Old log-probs by the update's kind of pass: bf16 rounds by batch shape, a hook samples as it likes.
+    """Computes old_logprobs with forward(): the sampler's are a hook's, or rounded otherwise in bf16.
 
     Fills in old_logprobs and, with a rollout_is_cap, is_weights. Returns how far they are from the sampler's.
     """
@@ -1144,8 +1145,8 @@ def train_mini_batch(
 ) -> dict[str, float]:
     """One optimizer step on the summed gradients of the micro-batches, or none: see early_stop_kl.
 
-    Returns "tokens", "stopped", "grad_norm", and what the loss logs: a loss weighted as it is itself,
-    anything else as the mean over tokens.
+    Returns "tokens", "stopped", "grad_norm", and what ppo_loss logs: names that end in /loss with the
+    weights of the loss, anything else as the mean over tokens.
     """
     learner = getattr(models, role)
     mask = rollout.mask
@@ -1179,13 +1180,13 @@ def train_mini_batch(
 
 
 def average(history: list[dict[str, float]]) -> dict[str, float]:
-    """Means over mini-batches: of a loss over the optimizer steps, of anything else over the tokens."""
+    """Means: of a loss over the mini-batches, of anything else over their tokens."""
     means = {}
     tokens = sum(metrics["tokens"] for metrics in history)
     for name in history[0]:
         if name.endswith("/loss"):
             means[name] = sum(metrics[name] for metrics in history) / len(history)
-        elif "/" in name and name != "policy/ratio":  # logged as ratio_first
+        elif "/" in name and name != "policy/ratio":  # update logs it as ratio_first
             means[name] = sum(metrics[name] * metrics["tokens"] for metrics in history) / tokens
     return means
 
@@ -1220,7 +1221,7 @@ def update(
             lr_factor = learning_rate_factor(
                 progress, updates, total - schedule_start, config.warmup_steps, config.lr_schedule)
             history.append(train_mini_batch(role, models, rollout, batch, lr_factor, kl_coef, config))
-            if role == "actor" and len(history) == 1:  # recorded before the first optimizer step: 1
+            if role == "actor" and len(history) == 1:  # ratios from before the first optimizer step
                 first_ratio = 1 + largest_gap(rollout, batch)
             if history[-1]["stopped"]:
                 break
@@ -1258,7 +1259,7 @@ def largest_gap(rollout: Rollout, batch: list[int]) -> float:
 
 
 def held_out_loss(critic: LanguageModel, rollout: Rollout, rows: list[int], config: Config) -> float:
-    """The critic's loss on rows that it does not learn from."""
+    """The critic's loss on rows that it does not learn from, the mean over their tokens."""
     part = rollout.take(own_rows(rows, config))
     values = score_tokens(critic, part, config, only_values=True)["values"]
     loss, _ = clipped_value_loss(values, part.old_values, part.returns, config.cliprange_value)
@@ -1301,7 +1302,9 @@ def main(config: Config) -> None:
             clock = clock_now()
             order = prompt_order(len(examples), config.train_batch_size, step, config.seed)
             order = order[RANK * len(order) // WORLD : (RANK + 1) * len(order) // WORLD]
-            batch = [examples[i] for i in order for _ in range(config.rollout_n)]
+            batch = []
+            for i in order:
+                batch += [examples[i]] * config.rollout_n
             with run.saving_on_error(step, models, kl_coef):
                 rollout, metrics = collect_rollout(models, reward, batch, step, kl_coef, config)
             if models.critic:
@@ -1315,7 +1318,7 @@ def main(config: Config) -> None:
                 save_checkpoint(run, step + 1, models, kl_controller.coef)
             if stopping:
                 run.stop(step + 1)
-        run.evaluate_if_due(total, models, reward, evals, kl_controller.coef)
+        run.evaluate_if_due(max(start, total), models, reward, evals, kl_controller.coef)
         if total > 0:
             export_models(run.folder, models, config)
 
@@ -1864,7 +1867,7 @@ def score_gsm8k_strict(response: str, answer: str) -> float:
 
 
 def score_gsm8k_flexible(response: str, answer: str) -> float:
-    """1 if the number after the last "####", else the last number, is the answer: 1,000 = $1000 = 1000.00."""
+    """1 if the last number after a "####", else the last number, is the answer: 1,000 = $1000 = 1000.00."""
     number = r"[-$]*(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
     found = re.findall(rf"####\s*({number})", response) or re.findall(number, response)
     if not found:
@@ -1988,7 +1991,9 @@ def read_scores(result, count: int) -> tuple[list, dict]:
     scores, measured = result if isinstance(result, tuple) else (result, {})
     columns = {**measured, "score": scores}
     for name, column in columns.items():
-        if len(column) != count or not re.fullmatch(r"\w[\w.-]*", name) or name in TAKEN_NAMES:
+        if name in TAKEN_NAMES or not re.fullmatch(r"\w[\w.-]*", name):
+            raise UsageError(f"the reward called a metric {name!r}, which is no name or is one of ours")
+        if len(column) != count:
             raise UsageError(f"the reward returned {len(column)} numbers as {name!r} for {count} responses")
         columns[name] = [to_number(x) for x in column]
         for row, x in enumerate(columns[name]):
@@ -2138,7 +2143,7 @@ def lock_folder(folder: Path):
 
 
 def default_folder(config: Config) -> str:
-    data = Path(config.dataset).stem.replace(":", "-")
+    data = re.sub(r"[^\w.-]", "-", Path(config.dataset).stem)
     return f"output/{Path(__file__).stem}-{data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -2237,7 +2242,9 @@ class Run(contextlib.AbstractContextManager):
 
     def progress_bar(self, start: int) -> Iterator[int]:
         """The steps that are left; on a terminal with a bar below the rows."""
-        hidden = os.environ.get("TERM") == "dumb" or None  # None: unless stdout is a terminal
+        hidden = None  # unless stdout is a terminal
+        if os.environ.get("TERM") == "dumb":
+            hidden = True
         steps = range(start, self.total)
         return tqdm(steps, initial=start, total=self.total, file=sys.stdout, disable=hidden)
 
@@ -2468,14 +2475,16 @@ def save_checkpoint(run: Run, step: int, models: Models, kl_coef: float) -> None
 
 
 def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
-    """Restores the learners. Returns (step, kl_coef). Raises UsageError if they do not fit."""
+    """Restores the learners. Returns (step, kl_coef). Raises UsageError if options do not fit to it."""
     state = json.loads((run.checkpoint / "state.json").read_text())
+    if 0 < run.total < state["step"]:
+        raise UsageError(f"{run.checkpoint} is past step {run.total}, the last: give more total_steps")
     changes = []
     for name, new in asdict(run.config).items():
         old = state["config"].get(name)
         if old == new or name in ("output_dir", "resume"):
             continue
-        if name in STRUCTURE or (run.config.lora_rank and name == "model"):
+        if name in STRUCTURE or (run.config.lora_rank and name in ("model", "critic_model")):
             raise UsageError(f"{run.checkpoint} was made with {name} {old}, not {new}")
         changes.append(f"{name} {old} → {new}")
     models.actor.load(run.checkpoint / "actor.safetensors")
@@ -2489,6 +2498,8 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
         run.settings_history.append({"step": state["step"], "changes": changes})
     if state["first_prompt"] != run.first_prompt:
         warn("the first prompt is not what it was: other data, or a chat template that writes the date")
+    if run.config.kl_target is None:  # nothing has moved it
+        return state["step"], run.config.kl_coef
     return state["step"], state["kl_coef"]
 
 
@@ -2545,7 +2556,10 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
 
 
 def read_options(path: str) -> list[str]:
-    """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError."""
+    """A JSON or YAML file of options, or the summary.json of a run, as arguments. Raises UsageError.
+
+    output_dir and resume are left out: with the options of another run a new one begins.
+    """
     import yaml  # YAML contains JSON
 
     try:

@@ -77,7 +77,7 @@ def weights(run_dir) -> dict:
 
 def make_run(folder, config, **rest) -> SimpleNamespace:
     """What save_checkpoint and load_checkpoint look at in a Run."""
-    return SimpleNamespace(folder=folder, config=config, first_prompt="hash", tracker_id="id", continues=True,
+    return SimpleNamespace(folder=folder, config=config, total=9, first_prompt="hash", tracker_id="id", continues=True,
                            settings_history=[{"step": 0, "config": dataclasses.asdict(config)}], **rest)
 
 
@@ -136,6 +136,47 @@ def test_more_steps_continue_a_finished_run(folder, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[:3] == first
 
 
+def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(folder, tmp_path):
+    config = long_config(folder, tmp_path / "run", total_steps=3)
+    main(config)
+    before = tree(tmp_path / "run")
+    with pytest.raises(UsageError, match="step_3 is past step 2, the last: give more total_steps"):
+        main(dataclasses.replace(config, total_steps=2))
+    after = tree(tmp_path / "run")
+    assert {path for path in before if before[path] != after.get(path)} <= {Path(".lock")}  # a process id
+
+
+@pytest.mark.slow
+def test_no_steps_evaluate_the_step_at_which_a_run_was_stopped(folder, tmp_path):
+    config = long_config(folder, tmp_path / "run", eval_every=4)
+    interrupted(config, 4)
+    assert "eval/score" not in read_log(tmp_path / "run")[3]
+    main(dataclasses.replace(config, total_steps=0))
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert 0 <= rows[3]["eval/score"] <= 1 and rows[3]["policy/loss"] != 0
+
+
+@pytest.mark.parametrize(("kind", "loaded"), [("fixed", 0.25), ("adaptive", 0.125)])
+def test_a_fixed_kl_coefficient_is_that_of_the_options_and_a_steered_one_that_of_the_checkpoint(
+        kind, loaded, folder, tmp_path, capsys):
+    config = make_config(folder, kl_ctrl_coef=0.001, kl_ctrl_type=kind)
+    models = make_models(config)
+    ppo_llm.save_checkpoint(make_run(tmp_path, config), 1, models, 0.125)
+    changed = dataclasses.replace(config, kl_ctrl_coef=0.25)
+    assert load(tmp_path, 1, models, changed) == (1, loaded)
+    assert "kl_ctrl_coef 0.001 → 0.25" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["model", "critic_model"])
+def test_an_adapter_is_not_put_on_other_weights_than_its_own(name, folder, tmp_path):
+    config = make_config(folder, lora_rank=2, critic_model=str(folder))
+    models = make_models(config)
+    ppo_llm.save_checkpoint(make_run(tmp_path, config), 1, models, 0.0)
+    with pytest.raises(UsageError, match=f"was made with {name} .*, not elsewhere"):
+        load(tmp_path, 1, models, dataclasses.replace(config, **{name: "elsewhere"}))
+
+
 # ---- --resume, and what a folder holds already -----------------------------------------------------------
 
 
@@ -190,7 +231,7 @@ def test_no_steps_evaluate_the_start_or_the_checkpoint_of_another_run(folder, tm
     for name, resume, expected in (("start", None, trained[0]), ("end", str(tmp_path / "run"), trained[-1])):
         main(dataclasses.replace(config, output_dir=str(tmp_path / name), resume=resume, total_steps=0))
         (row,) = read_log(tmp_path / name)
-        assert row == {"step": 0, **{key: x for key, x in expected.items() if key.startswith("eval/")}}
+        assert row == {"step": expected["step"], **{key: x for key, x in expected.items() if key.startswith("eval/")}}
         assert not (tmp_path / name / "model").exists() and not (tmp_path / name / "checkpoints").exists()
     assert tree(tmp_path / "run") == before
 

@@ -648,6 +648,15 @@ def test_multi_discrete_actions_reach_the_environment():
     assert (received.min(0) == [1, 0, 5]).all() and (received.max(0) == [3, 1, 8]).all()
 
 
+def test_a_grid_of_actions_reaches_the_environment_as_a_grid():
+    env_id = register("Grid", actions=MultiDiscrete([[2, 3], [4, 5]], start=[[1, 0], [0, 7]]))
+    config = tiny(env_id=env_id, num_steps=64)
+    agent, stream = start(config)
+    assert collect_rollout(agent, stream, 0, config).actions.shape[1] == 4
+    received = np.array([a for env in stream.envs.envs for a in env.unwrapped.received])
+    assert (received.min(0) == [[1, 0], [0, 7]]).all() and (received.max(0) == [[2, 2], [3, 11]]).all()
+
+
 def test_box_actions_are_clipped_for_the_environment_and_stored_unclipped():
     env_id = register("Clip", actions=Box(np.float32([-0.5, 0.0]), np.float32([0.5, 7.0])))
     config = tiny(env_id=env_id, num_steps=64)
@@ -943,6 +952,16 @@ def test_an_evaluation_that_would_never_end_ends_and_says_so(capsys):
     assert capsys.readouterr().err.count("did not end in 50 steps") == 1
 
 
+@pytest.mark.parametrize("ends", ["terminated", "truncated"])
+def test_an_evaluation_episode_that_ends_at_the_limit_is_not_endless(ends, capsys):
+    ppo_classic.warn_once.cache_clear()
+    env_id = register("Exact", limit=50, ends=ends)
+    config = tiny(env_id=env_id, eval_max_steps=50, eval_episodes=45)
+    agent, _ = start(config)
+    assert ppo_classic.evaluate(agent, config)["eval/score"] == 50
+    assert "did not end" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_cartpole_is_learned(here):
     sizes = {"num_envs": 8, "num_steps": 64, "total_timesteps": 60_000}
@@ -1030,6 +1049,33 @@ def test_a_damaged_log_does_not_stop_a_resume(here, capsys, damage):
     if damage != "deleted":
         assert "training_metrics.csv is kept as training_metrics.csv.old" in capsys.readouterr().err
         assert (here / "run" / "training_metrics.csv.old").exists()
+
+
+def test_a_log_with_other_columns_is_kept_and_a_new_one_begins(here, monkeypatch, capsys):
+    ppo_classic.main(tiny(output_dir="run"))
+    before = (here / "run" / "training_metrics.csv").read_text()
+    real = ppo_classic.update
+
+    def edited(*arguments):
+        metrics = real(*arguments)
+        metrics["policy/my_loss"] = 7.0
+        del metrics["policy/clipfrac_lower"]  # as many columns as before
+        return metrics
+
+    monkeypatch.setattr(ppo_classic, "update", edited)
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=200))
+    rows = read_log(here / "run")
+    assert rows[0]["step"] == "5" and {row["policy/my_loss"] for row in rows} == {"7.0"}
+    assert float(rows[0]["policy/kl_coef"]) == 0
+    assert (here / "run" / "training_metrics.csv.old").read_text() == before
+    assert "training_metrics.csv is kept as training_metrics.csv.old" in capsys.readouterr().err
+
+
+def test_an_environment_that_cannot_be_made_leaves_ctrl_c_as_it_was(here):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(UsageError, match="env_id"):
+        ppo_classic.make_envs(tiny(env_id="Acrobot-v1", vectorization="async"), -1)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_rows_of_steps_that_are_made_again_are_kept_beside_the_log(here, monkeypatch, capsys):

@@ -271,6 +271,12 @@ def test_another_number_of_scores_is_refused_with_both_numbers(tmp_path, returne
     assert re.fullmatch("the reward returned [014] numbers as 'score' for 3 responses", sentence)
 
 
+@pytest.mark.parametrize("name", ["kl", "score_std", "accuracy", "a b", "", "x/y"])
+def test_a_metric_with_a_name_of_ours_or_with_none_is_refused(tmp_path, name):
+    sentence = refusal(reward_of(tmp_path, f"return [1.0] * 3, {{{name!r}: [1.0] * 3}}"), ["a", "b", "c"])
+    assert sentence == f"the reward called a metric {name!r}, which is no name or is one of ours"
+
+
 @pytest.mark.parametrize("returned", ["None", "2.0", "[[1], [2]], 3", "[1.0, {}]", "numpy.ones((2, 2))"])
 def test_what_is_no_list_of_numbers_is_refused(tmp_path, returned):
     sentence = refusal(reward_of(tmp_path, f"return {returned}", "import numpy"), ["a", "b"])
