@@ -1,6 +1,6 @@
 """Runs ppo_llm.py several times and turns the runs into a table, a figure and CSVs in docs/results/NAME.
 
-    python scripts/experiment.py demo       # 5 seeds and four controls, about 35 minutes on 2 cores
+    python scripts/experiment.py demo       # 5 seeds and four controls, about 15 minutes
     python scripts/experiment.py timing     # the demo once, with nothing else on the machine: minutes and memory
     python scripts/experiment.py kl         # adaptive KL with two targets beside fixed, about 15 minutes
     python scripts/experiment.py format --gsm8k_dir DIR    # real GSM8K questions, a format reward, about 5 minutes
@@ -51,8 +51,8 @@ def experiments(config: Config) -> dict[str, list[str]]:
     prompts = data(prompts_folder(config))
     permuted = [*prompts, "--reward=scripts/rewards/permuted.py:reward"]
     layout = [*prompts, "--reward=scripts/rewards/format.py:reward", "--lr=1e-4", "--train_batch_size=64",
-              "--ppo_epochs=1", "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--eval_every=60"]
-    steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--eval_every=30"]
+              "--ppo_epochs=1", "--ppo_mini_batch_size=8", "--kl_ctrl_coef=0", "--total_steps=60", "--eval_every=60"]
+    steered = ["--lr=1e-4", "--kl_ctrl_coef=0.3", "--total_steps=60", "--eval_every=30"]
     adaptive = [*steered, "--kl_ctrl_type=adaptive", "--kl_ctrl_horizon=150"]
     return {
         "demo": {
