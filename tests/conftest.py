@@ -151,3 +151,17 @@ def read_log(run_dir: Path) -> list[dict]:
     """The rows of training_metrics.csv; what was not measured is left out."""
     with open(run_dir / "training_metrics.csv", newline="") as file:
         return [{name: float(x) for name, x in row.items() if x} for row in csv.DictReader(file)]
+
+
+@pytest.fixture
+def gradients(monkeypatch) -> list:
+    """The gradient of every mini-batch; the weights stay as they are."""
+    kept = []
+
+    def keep(learner):
+        kept.append([w.grad.clone() for w in learner.masters if w.grad is not None])
+        return 1.0
+
+    monkeypatch.setattr(ppo_llm.Learner, "clip_gradient", keep)
+    monkeypatch.setattr(ppo_llm.Learner, "step", lambda learner, lr_factor, grad_norm: learner.drop_gradient())
+    return kept

@@ -10,7 +10,7 @@ import torch
 from conftest import collect, make_config, make_models, read_log
 
 import ppo_llm
-from ppo_llm import Learner, forward, importance_weights, loss_weights, ppo_loss, score_tokens, update
+from ppo_llm import forward, importance_weights, loss_weights, ppo_loss, score_tokens, update
 
 HOOK = '''
 import torch
@@ -33,20 +33,6 @@ def hook(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("hooks") / "shift.py"
     path.write_text(HOOK)
     return f"{path}:shifted"
-
-
-@pytest.fixture
-def gradients(monkeypatch) -> list:
-    """The gradient of every mini-batch; the weights stay as they are."""
-    kept = []
-
-    def keep(learner):
-        kept.append([w.grad.clone() for w in learner.masters if w.grad is not None])
-        return 1.0
-
-    monkeypatch.setattr(Learner, "clip_gradient", keep)
-    monkeypatch.setattr(Learner, "step", lambda learner, lr_factor, grad_norm: learner.drop_gradient())
-    return kept
 
 
 def expected_weights(rollout) -> torch.Tensor:

@@ -36,20 +36,6 @@ def same(x: list, y: list) -> bool:
 
 
 @pytest.fixture
-def gradients(monkeypatch) -> list:
-    """The gradient of every mini-batch; the weights stay as they are."""
-    kept = []
-
-    def keep(learner):
-        kept.append([w.grad.clone() for w in learner.masters if w.grad is not None])
-        return 1.0
-
-    monkeypatch.setattr(Learner, "clip_gradient", keep)
-    monkeypatch.setattr(Learner, "step", lambda learner, lr_factor, grad_norm: learner.drop_gradient())
-    return kept
-
-
-@pytest.fixture
 def steps(monkeypatch) -> list:
     """(learner, learning rates of its groups, weights) after every optimizer step."""
     kept, real = [], Learner.step

@@ -15,6 +15,7 @@ and writes files as you do, and a program that it starts in a session of its own
 macOS.
 """
 
+import contextlib
 import faulthandler
 import importlib.util
 import json
@@ -54,10 +55,8 @@ class IsolatedReward:
 
     def end(self) -> None:
         """Kills the process and what it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of them
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # nothing is left of them
-            pass
         self.process.wait()
 
     def __call__(self, prompts: list[str], responses: list[str], answers: list[str]) -> tuple[list, dict]:
