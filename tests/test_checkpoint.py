@@ -322,7 +322,7 @@ def test_the_old_checkpoint_outlives_a_failed_write_of_the_next(folder, tmp_path
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_every_learner_comes_back_with_weights_optimizer_and_counters(critic, folder, tmp_path):
-    config = make_config(folder, critic=critic)
+    config = make_config(folder, critic=critic, kl_ctrl_type="adaptive")
     models = make_models(config)
     fresh = make_models(config)
     take_steps(models, config, 2)
