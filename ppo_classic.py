@@ -49,7 +49,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -805,8 +805,11 @@ def main(c: Config) -> dict[str, float]:
             run.write_summary("finished")
         except BaseException as error:
             status = "stopped" if isinstance(error, SystemExit) else "failed"
-            run.write_summary(status, repr(error))
+            with suppress(OSError):  # a full disk
+                run.write_summary(status, repr(error))
             tqdm.write(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
+            if isinstance(error, OSError):
+                raise UsageError(f"{run.folder}: {error}") from error
             raise
         finally:
             draw_curves(run)
@@ -843,8 +846,8 @@ def check_config(c: Config) -> None:
     }
     for name, x in vars(c).items():
         low = smallest.get(name, 0)
-        if isinstance(x, int | float) and not x >= low:
-            raise UsageError(f"{name} = {x} must be at least {low}")
+        if isinstance(x, int | float) and not low <= x < math.inf:
+            raise UsageError(f"{name} = {x} must be at least {low} and finite")
     if c.gamma > 1 or c.gae_lambda > 1:
         raise UsageError(f"gamma = {c.gamma} and gae_lambda = {c.gae_lambda} must be at most 1")
     rows = c.num_envs * c.num_steps
@@ -894,10 +897,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def keep_old(path: Path) -> None:
-    """Renames a file or folder to NAME.old."""
+    """Renames a file or folder to NAME.old; what has that name already stays."""
     if path.exists():
         old = path.with_name(f"{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            old = path.with_name(f"{path.name}.{time.time_ns()}.old")
         path.replace(old)
         warn(f"{path} is kept as {old.name}")
 
@@ -1056,7 +1060,8 @@ def file_hash(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a run, the oldest first."""
-    return sorted(folder.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))
+    found = [path for path in folder.glob("checkpoints/step_*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def is_whole(folder: Path) -> bool:
@@ -1082,10 +1087,12 @@ def save_checkpoint(run: Run, agent: Agent) -> None:
     (temporary / "state.json").write_text(json.dumps(saved, indent=2))
     hashes = {name: file_hash(temporary / name) for name in ("agent.safetensors", "state.json")}
     (temporary / "hashes.json").write_text(json.dumps(hashes, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)  # of this very step
-    temporary.replace(folder)
+    if folder.exists():  # this step was saved before an error
+        shutil.rmtree(temporary)
+    else:
+        temporary.replace(folder)
     for old in checkpoints(run.folder)[:-2]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -1105,7 +1112,8 @@ def load_checkpoint(run: Run, agent: Agent) -> None:
         keep_old(run.folder / "summary.json")
     else:
         restore(run, agent, path)
-        print(f"resumed from {path.name}")
+        steps = run.state["global_step"]
+        print(f"resumed from {path.name}, {steps} of {run.config.total_timesteps} environment steps: {path}")
     cut_log(run.folder / "training_metrics.csv", run.state["step"])
     print(f"run: {run.folder}, to continue it: {run.command}")
 
@@ -1140,7 +1148,15 @@ def restore(run: Run, agent: Agent, path: Path) -> None:
 
 
 def draw_curves(run: Run) -> None:
-    """training_curves.png, from training_metrics.csv."""
+    """training_curves.png; a fault in it does not end the run."""
+    try:
+        draw_panels(run)
+    except Exception as error:
+        warn(f"training_curves.png could not be drawn: {error!r}")
+
+
+def draw_panels(run: Run) -> None:
+    """3 x 3 panels, from training_metrics.csv."""
     import matplotlib.figure
 
     path = run.folder / "training_metrics.csv"
@@ -1174,8 +1190,8 @@ def show_help(defaults: Config) -> None:
 
 
 def ask_to_stop(number: int, frame) -> None:
-    """Ctrl-C and SIGTERM: the first ends the run after its step, the second at once."""
-    if STOP:
+    """Ctrl-C and SIGTERM: the first ends the run after its step, the same once more at once."""
+    if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
         os._exit(128 + number)
     STOP.append(number)
     os.write(2, b"\nstopping when this step is done and saved; once more ends at once\n")

@@ -54,6 +54,7 @@ import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -1360,8 +1361,10 @@ POSITIVE = """train_batch_size rollout_n max_prompt_length max_response_length t
 def check_config(c: Config) -> None:
     """Refuses what cannot work, before anything is loaded. Raises UsageError."""
     for name, x in vars(c).items():
+        if isinstance(x, float) and not math.isfinite(x):
+            raise UsageError(f"{name} cannot be {x}")
         if type(x) in (int, float) and name not in ("seed", "missing_eos_penalty", "entropy_coeff"):
-            if not 0 <= x < math.inf or (x == 0 and name in POSITIVE) or (x > 1 and name in AT_MOST_1):
+            if x < 0 or (x == 0 and name in POSITIVE) or (x > 1 and name in AT_MOST_1):
                 raise UsageError(f"{name} cannot be {x}")
     has_own_critic = c.uses_critic and c.critic == "separate"
     critic_flags = [c.critic_model, c.critic_ppo_epochs, c.critic_ppo_mini_batch_size, c.critic_warmup,
@@ -2112,10 +2115,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def keep_old(path: Path) -> None:
-    """Renames a file or folder to NAME.old."""
+    """Renames a file or folder to NAME.old; what has that name already stays."""
     if path.exists():
         old = path.with_name(f"{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            old = path.with_name(f"{path.name}.{time.time_ns()}.old")
         path.replace(old)
         warn(f"{path} is kept as {old.name}")
 
@@ -2147,6 +2151,10 @@ def default_folder(config: Config) -> str:
     return f"output/{Path(__file__).stem}-{data}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
+def text_hash(x) -> str:
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 class Run(contextlib.AbstractContextManager):
     """The folder of a run, with its lock, table, samples, summary and tracker; and the console."""
 
@@ -2160,6 +2168,7 @@ class Run(contextlib.AbstractContextManager):
         self.step = 0  # of the last row of training_metrics.csv
         self.columns = []  # of training_metrics.csv
         self.evaluations = []  # the rows that have one: {"step", "eval/score", ...}
+        self.has_same_evaluation = True  # as at the checkpoint: reward and data
         self.said = set()  # by check_health
         self.settings_history = [{"step": 0, "config": asdict(config)}]
         self.is_tracked = config.track == "wandb"
@@ -2175,7 +2184,8 @@ class Run(contextlib.AbstractContextManager):
 
     def print_plan(self, tokenizer, examples: list[Example], evals: list[Example]) -> None:
         c = self.config
-        self.first_prompt = hashlib.sha256(repr(examples[0].prompt).encode()).hexdigest()
+        self.data_hash = text_hash([(e.prompt, e.answer) for e in examples])
+        self.evaluation_hash = text_hash([c.reward, *[(e.prompt, e.answer) for e in evals]])
         preset = "the demo" if c.model == DEMO.model else "the published GSM8K run"
         print(f"run: {self.folder}\nto continue it: {self.command}\noptions not given: those of {preset}")
         print(f"first prompt: {printable(tokenizer.decode(examples[0].prompt))}")
@@ -2212,33 +2222,47 @@ class Run(contextlib.AbstractContextManager):
             print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
         if self.continues:
             try:
-                table = self.read_log().loc[:start]
-                with open(samples) as file:  # a kill may have left half a line
-                    lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
-            except (OSError, ValueError, KeyError) as error:
+                table, lines = self.cut_logs(start)
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 problem = f"the logs cannot be read and begin anew: {error}"
-        elif log.exists():
+        elif log.exists() or samples.exists():
             problem = f"{self.folder} has no checkpoint: the run begins anew"
         if problem:
             warn(problem)
             keep_old(log)
             keep_old(samples)
+        if not self.continues:
+            for name in ("summary.json", "model", "critic"):
+                keep_old(self.folder / name)
         write_whole(samples, "".join(lines))
         self.write_log(table)
+        if not self.has_same_evaluation:
+            return []
         evaluations = table.filter(regex="^eval/").dropna(how="all").dropna(axis=1)
         return evaluations.reset_index(names="step").to_dict("records")
 
+    def cut_logs(self, start: int) -> tuple[pandas.DataFrame, list[str]]:
+        """The rows and the samples up to this step. Raises ValueError if there are not all."""
+        table = self.read_log().loc[:start]
+        steps = range(start + 1 - len(table), start + 1)
+        if len(table) == 0 or list(table.index) != list(steps):
+            raise ValueError("training_metrics.csv lacks steps")
+        with open(self.folder / "samples.jsonl") as file:  # a kill may have left half a line
+            lines = [x for x in file if x.endswith("\n") and json.loads(x)["step"] <= start]
+        if not lines:
+            raise ValueError("samples.jsonl is empty")
+        return table, lines
+
     def read_log(self) -> pandas.DataFrame:
-        """training_metrics.csv; half a line at its end, as a full disk leaves it, is taken off."""
-        log = self.folder / "training_metrics.csv"
-        text = log.read_text()
-        if not text.endswith("\n"):
-            write_whole(log, text[: text.rfind("\n") + 1])
-        return pandas.read_csv(log, index_col="step").astype(float)
+        """training_metrics.csv without half a line at its end, as a full disk leaves it."""
+        text = (self.folder / "training_metrics.csv").read_text()
+        lines = io.StringIO(text[: text.rfind("\n") + 1])
+        return pandas.read_csv(lines, index_col="step").astype(float)
 
     def write_log(self, table: pandas.DataFrame) -> None:
         self.columns = sorted(table)
-        write_whole(self.folder / "training_metrics.csv", table[self.columns].to_csv(index_label="step"))
+        text = table[self.columns].to_csv(index_label="step", chunksize=100)  # larger chunks hold memory
+        write_whole(self.folder / "training_metrics.csv", text)
 
     def progress_bar(self, start: int) -> Iterator[int]:
         """The steps that are left; on a terminal with a bar below the rows."""
@@ -2264,6 +2288,9 @@ class Run(contextlib.AbstractContextManager):
         tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
         tqdm.write(response[: shutil.get_terminal_size().columns - 1])
         self.draw_curves()
+        if step < self.total and self.is_stopping():
+            save_checkpoint(self, step, models, kl_coef)
+            self.stop(step)
 
     def is_save_due(self, step: int) -> bool:
         every = self.config.save_every
@@ -2326,7 +2353,6 @@ class Run(contextlib.AbstractContextManager):
 
     def stop(self, step: int) -> None:
         """Ends the run after a step that has been saved: exit code 130 or 143."""
-        dist.barrier()  # a launcher ends all when one has gone
         tqdm.write(f"stopped after step {step}; continue with: {self.command}")
         sys.exit(128 + int(max_over_ranks(torch.tensor(max(STOP, default=0)))))
 
@@ -2376,9 +2402,16 @@ class Run(contextlib.AbstractContextManager):
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=2))
 
     def draw_curves(self) -> None:
-        """training_curves.png: 3 x 3 panels, evaluations with their standard errors."""
+        """training_curves.png; a fault in it does not end the run."""
         if RANK:
             return
+        try:
+            self.draw_panels()
+        except Exception as error:
+            warn(f"training_curves.png could not be drawn: {error!r}")
+
+    def draw_panels(self) -> None:
+        """3 x 3 panels, evaluations with their standard errors."""
         import gc
 
         import matplotlib.figure
@@ -2396,6 +2429,8 @@ class Run(contextlib.AbstractContextManager):
             errors = None
             if name == "eval/score":
                 errors = table["eval/standard_error"].dropna()
+            elif len(curve) > 500:
+                curve = curve[:: len(curve) // 250]
             axis.errorbar(curve.index, curve, errors, marker=".", capsize=3)
         figure.savefig(self.folder / "training_curves.png", dpi=80)
         gc.collect()  # a figure is a cycle of references: without this, memory grows with every evaluation
@@ -2427,7 +2462,8 @@ def file_hash(path: Path) -> str:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a run, the oldest first."""
-    return sorted(folder.glob("checkpoints/step_*[0-9]"), key=lambda path: int(path.name[5:]))
+    found = [path for path in folder.glob("checkpoints/step_*") if path.name[5:].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def is_whole(folder: Path) -> bool:
@@ -2462,16 +2498,22 @@ def save_checkpoint(run: Run, step: int, models: Models, kl_coef: float) -> None
     if models.critic:
         models.critic.save(temporary / "critic.safetensors")
     if RANK:
-        return
-    state = {"step": step, "kl_coef": kl_coef, "first_prompt": run.first_prompt, "tracker_id": run.tracker_id,
-             "settings_history": run.settings_history, "config": asdict(run.config)}
+        return dist.barrier()
+    state = {
+        "step": step, "kl_coef": kl_coef, "tracker_id": run.tracker_id, "data_hash": run.data_hash,
+        "evaluation_hash": run.evaluation_hash, "settings_history": run.settings_history,
+        "config": asdict(run.config),
+    }
     (temporary / "state.json").write_text(json.dumps(state))
     hashes = {path.name: file_hash(path) for path in temporary.iterdir()}
     (temporary / "hashes.json").write_text(json.dumps(hashes))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+    if folder.exists():  # this step was saved before an error
+        shutil.rmtree(temporary)
+    else:
+        temporary.replace(folder)
     for old in checkpoints(run.folder)[: -run.config.save_total_limit]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()  # a launcher ends all when one has gone
 
 
 def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
@@ -2496,8 +2538,11 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     if changes:
         warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
         run.settings_history.append({"step": state["step"], "changes": changes})
-    if state["first_prompt"] != run.first_prompt:
-        warn("the first prompt is not what it was: other data, or a chat template that writes the date")
+    if state["data_hash"] != run.data_hash:
+        warn("the prompts are not what they were: other rows, or a chat template that writes the date")
+    run.has_same_evaluation = state["evaluation_hash"] == run.evaluation_hash
+    if run.continues and not run.has_same_evaluation:
+        warn(f"evaluations up to step {state['step']} are of other data or another reward")
     if run.config.kl_target is None:  # nothing has moved it
         return state["step"], run.config.kl_coef
     return state["step"], state["kl_coef"]
@@ -2617,8 +2662,8 @@ def read_config(arguments: list[str]) -> Config:
 
 
 def ask_to_stop(number: int, frame) -> None:
-    """Ctrl-C and SIGTERM: the first ends the run after its step, the second at once."""
-    if STOP:
+    """Ctrl-C and SIGTERM: the first ends the run after its step, the same once more at once."""
+    if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
         os._exit(128 + number)
     STOP.append(number)
     os.write(2, b"\nstopping when this step is done and saved; once more ends at once\n")

@@ -304,7 +304,7 @@ def run_pytest(folder: Path, files: list[str], log: Path) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    arguments = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", str(folder)]
+    arguments = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-n", "0", "--rootdir", str(folder)]
     if files == ["test_classic.py"]:
         arguments.append("--noconftest")  # conftest.py imports transformers
     code = pytest.main([*arguments, *[f"tests/{name}" for name in files]])

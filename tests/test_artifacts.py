@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.figure
 import pytest
 import torch
 from conftest import collect, make_config, make_models, make_prompts, read_log, take_steps
@@ -189,6 +190,71 @@ def test_half_a_line_at_the_end_of_the_log_is_taken_off(folder, tmp_path, quick)
         assert run.read_log().to_dict("index") == {3: {"a": 0.5}}
         run.add(4, {"a": 0.25, "b": 1.0}, [])
     assert (tmp_path / "training_metrics.csv").read_text() == "step,a,b\n3,0.5,\n4,0.25,1.0\n"
+
+
+def logs_of(tmp_path) -> tuple[Path, Path]:
+    (tmp_path / "training_metrics.csv").write_text("step,a,eval/score\n0,,0.5\n1,0.25,\n2,0.5,0.75\n3,1.0,\n")
+    (tmp_path / "samples.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(4)))
+    return tmp_path / "training_metrics.csv", tmp_path / "samples.jsonl"
+
+
+def continued(folder, tmp_path) -> ppo_llm.Run:
+    run = ppo_llm.Run(make_config(folder, output_dir=str(tmp_path)), 9)
+    run.checkpoint = tmp_path / "checkpoints" / "step_2"
+    run.continues = True
+    run.lock.close()
+    return run
+
+
+def prepare(tmp_path) -> None:
+    (tmp_path / ".lock").touch()
+
+
+def test_logs_are_cut_at_the_step_of_the_checkpoint(folder, tmp_path, capsys):
+    log, samples = logs_of(tmp_path)
+    prepare(tmp_path)
+    run = continued(folder, tmp_path)
+    assert run.restore_logs(2) == [{"step": 0, "eval/score": 0.5}, {"step": 2, "eval/score": 0.75}]
+    assert log.read_text().splitlines()[-1] == "2,0.5,0.75" and samples.read_text().count("\n") == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluations_of_other_data_are_not_those_of_this_run(folder, tmp_path):
+    log, _ = logs_of(tmp_path)
+    prepare(tmp_path)
+    run = continued(folder, tmp_path)
+    run.has_same_evaluation = False
+    assert run.restore_logs(2) == [] and "0.75" in log.read_text()
+
+
+@pytest.mark.parametrize("damage", ["letter", "digit", "missing row", "last rows", "no rows", "no samples", "noise"])
+def test_a_damaged_log_is_kept_and_begins_anew(damage, folder, tmp_path, capsys):
+    log, samples = logs_of(tmp_path)
+    text = log.read_text()
+    changed = {"letter": text.replace("1,0.25", "p,0.25"), "digit": text.replace("1,0.25", "9,0.25"),
+               "missing row": text.replace("1,0.25,\n", ""), "last rows": text[: text.index("2,0.5")],
+               "no rows": "step,a,eval/score\n", "noise": "\x00\x01 no table"}.get(damage, text)
+    log.write_text(changed)
+    if damage == "no samples":
+        samples.write_text("")
+    prepare(tmp_path)
+    assert continued(folder, tmp_path).restore_logs(2) == []
+    assert (tmp_path / "training_metrics.csv.old").read_text() == changed
+    assert (tmp_path / "samples.jsonl.old").exists()
+    assert "the logs cannot be read and begin anew" in capsys.readouterr().err
+
+
+def test_curves_that_cannot_be_drawn_do_not_end_a_run(folder, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", fail)
+    with ppo_llm.Run(make_config(folder, output_dir=str(tmp_path)), 3) as run:
+        run.begin(0)
+        run.add(1, {"a": 0.5}, [])
+        run.print_end = lambda: None
+    assert "training_curves.png could not be drawn: RuntimeError('no font')" in capsys.readouterr().err
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
 
 
 def test_the_evaluation_of_a_step_joins_its_row(folder, tmp_path, quick):

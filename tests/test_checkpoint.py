@@ -77,7 +77,8 @@ def weights(run_dir) -> dict:
 
 def make_run(folder, config, **rest) -> SimpleNamespace:
     """What save_checkpoint and load_checkpoint look at in a Run."""
-    return SimpleNamespace(folder=folder, config=config, total=9, first_prompt="hash", tracker_id="id", continues=True,
+    return SimpleNamespace(folder=folder, config=config, total=9, data_hash="data", evaluation_hash="evals",
+                           tracker_id="id", continues=True,
                            settings_history=[{"step": 0, "config": dataclasses.asdict(config)}], **rest)
 
 
@@ -155,6 +156,21 @@ def test_no_steps_evaluate_the_step_at_which_a_run_was_stopped(folder, tmp_path)
     rows = read_log(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert 0 <= rows[3]["eval/score"] <= 1 and rows[3]["policy/loss"] != 0
+
+
+@pytest.mark.slow
+def test_other_evaluation_data_are_evaluated_and_not_mixed_with_the_old(folder, tmp_path, capsys):
+    config = long_config(folder, tmp_path / "run", total_steps=2)
+    main(config)
+    before = json.loads((tmp_path / "run" / "summary.json").read_text())
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(f'{{"prompt": "{x}", "answer": "zz"}}\n' for x in "abc"))  # nothing is right
+    main(dataclasses.replace(config, eval_dataset=str(other)))
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert [row["step"] for row in before["first_evaluation"]] == [0]
+    assert after["first_evaluation"] == after["last_evaluation"] != before["last_evaluation"]
+    assert [row["step"] for row in after["last_evaluation"]] == [2]
+    assert "evaluations up to step 2 are of other data or another reward" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "loaded"), [("fixed", 0.25), ("adaptive", 0.125)])
@@ -291,6 +307,33 @@ def test_the_last_step_is_saved_whatever_save_every_is(every, names, folder, tmp
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == names
 
 
+def test_what_is_kept_as_old_is_never_replaced(tmp_path, capsys):
+    for text in ("first", "second", "third"):
+        (tmp_path / "log.csv").write_text(text)
+        ppo_llm.keep_old(tmp_path / "log.csv")
+    assert (tmp_path / "log.csv.old").read_text() == "first"
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["first", "second", "third"]
+    assert capsys.readouterr().err.count("is kept as log.csv.") == 3
+
+
+def test_a_step_that_is_saved_twice_is_there_all_the_time(folder, tmp_path, monkeypatch):
+    config = make_config(folder)
+    models = make_models(config)
+    ppo_llm.save_checkpoint(make_run(tmp_path, config), 1, models, 0.0)
+    before = tree(tmp_path / "checkpoints" / "step_1")
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("the checkpoint is replaced"))
+    ppo_llm.save_checkpoint(make_run(tmp_path, config), 1, models, 0.0)
+    assert tree(tmp_path / "checkpoints" / "step_1") == before
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_1"]
+
+
+@pytest.mark.parametrize("name", ["step_1-copy2", "step_1.bak", "step_", "step_2.old"])
+def test_other_folders_beside_the_checkpoints_are_none(name, tmp_path):
+    for each in ("step_1", "step_10", "step_2", name):
+        (tmp_path / "checkpoints" / each).mkdir(parents=True)
+    assert [path.name for path in ppo_llm.checkpoints(tmp_path)] == ["step_1", "step_2", "step_10"]
+
+
 @pytest.mark.slow
 def test_a_half_written_checkpoint_is_ignored(folder, tmp_path):
     config = long_config(folder, tmp_path / "run")
@@ -393,9 +436,9 @@ def test_prompts_that_are_rendered_otherwise_than_before_are_said(folder, tmp_pa
     load(tmp_path, 1, models, config)
     assert capsys.readouterr().err == ""
     run = make_run(tmp_path, config, checkpoint=tmp_path / "checkpoints" / "step_1")
-    run.first_prompt = "another day"
+    run.data_hash = "another day"
     ppo_llm.load_checkpoint(run, models)
-    said = "warning: the first prompt is not what it was: other data, or a chat template that writes the date\n"
+    said = "warning: the prompts are not what they were: other rows, or a chat template that writes the date\n"
     assert capsys.readouterr().err == said
 
 

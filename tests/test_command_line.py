@@ -5,6 +5,7 @@ import functools
 import gzip
 import inspect
 import json
+import math
 import os
 import re
 import shlex
@@ -298,6 +299,8 @@ REFUSED = [({name: 0}, f"{name} cannot be 0") for name in """train_batch_size ro
     save_total_limit eval_size
     lora_rank lora_alpha loss_scale_factor kl_ctrl_horizon kl_ctrl_target cliprange_value
     early_stop_kl""".split()]
+REFUSED += [({name: x}, f"{name} cannot be {x}") for name in ("entropy_coeff", "missing_eos_penalty", "early_stop_kl")
+            for x in (math.nan, math.inf, -math.inf)]
 REFUSED += [({name: -1}, f"{name} cannot be -1") for name in """lr critic_lr warmup_steps
 critic_warmup eval_every
     save_every clip_ratio clip_ratio_low clip_ratio_high kl_ctrl_coef kl_loss_coef weight_decay vf_coef

@@ -743,7 +743,7 @@ def test_the_prompts_of_a_step_depend_on_nothing_but_the_arguments():
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Dated templates: the first prompt is remembered.
+# Dated templates and changed data: a hash of all prompts is remembered.
 
 DATED = "Today is {{ strftime_now('%d %B %Y') }}. {{ messages[0]['content'] }}"  # as Llama 3.2's
 
@@ -757,15 +757,16 @@ class Plan:
     def hash_of(self, template: str, rows: list[dict]) -> str:
         tokenizer = make_tokenizer(template)
         self.print_plan(tokenizer, examples_of(rows, tokenizer), [])
-        return self.first_prompt
+        return self.data_hash
 
 
-def test_the_hash_of_the_first_prompt_tells_days_and_data_apart(monkeypatch):
+def test_the_hash_of_the_data_tells_days_and_rows_apart(monkeypatch):
     rows = [{"prompt": "Hi", "answer": "1"}]
     day, next_day = (DATED.replace("strftime_now('%d %B %Y')", f"'{day}'") for day in ("26 July", "27 July"))
-    assert Plan().hash_of(day, rows) == Plan().hash_of(day, rows * 2)
-    assert len({Plan().hash_of(day, rows), Plan().hash_of(next_day, rows),
-                Plan().hash_of(day, [{"prompt": "Ho"}])}) == 3
+    assert Plan().hash_of(day, rows) == Plan().hash_of(day, rows)
+    assert len({Plan().hash_of(day, rows), Plan().hash_of(next_day, rows), Plan().hash_of(day, rows * 2),
+                Plan().hash_of(day, [{"prompt": "Ho", "answer": "1"}]),
+                Plan().hash_of(day, [{"prompt": "Hi", "answer": "2"}])}) == 5
     assert re.fullmatch("[0-9a-f]{64}", Plan().hash_of(DATED, rows))
 
 
@@ -777,18 +778,17 @@ def dated_run(folder, tmp_path_factory, no_figures) -> Config:
     return config
 
 
-def test_a_checkpoint_holds_the_hash_and_another_first_prompt_is_said(dated_run, tmp_path, folder, capsys,
-                                                                      no_figures):
+def test_a_checkpoint_holds_the_hash_and_other_data_are_said(dated_run, tmp_path, folder, capsys, no_figures):
     state = json.loads(Path(dated_run.output_dir, "checkpoints", "step_1", "state.json").read_text())
-    assert re.fullmatch("[0-9a-f]{64}", state["first_prompt"])
+    assert re.fullmatch("[0-9a-f]{64}", state["data_hash"])
     again = dataclasses.replace(dated_run, output_dir=str(tmp_path / "again"), resume=dated_run.output_dir,
                                 total_steps=2)
     ppo_llm.main(again)
-    assert "first prompt is not" not in capsys.readouterr().err
+    assert "prompts are not what" not in capsys.readouterr().err
     rows = read(tmp_path / "rows.jsonl", jsonl([{"prompt": x, "answer": "e"} for x in "bcdefghi"]))
     assert len(rows) == 8
     other = dataclasses.replace(again, output_dir=str(tmp_path / "other"),
                                 dataset=str(tmp_path / "rows.jsonl"))
     ppo_llm.main(other)
     said = capsys.readouterr().err
-    assert "not what it was: other data, or a chat template that writes the date\n" in said
+    assert "prompts are not what they were: other rows, or a chat template that writes the date\n" in said
