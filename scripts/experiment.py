@@ -91,7 +91,7 @@ def run(name: str, flags: list[str], config: Config, results: Path) -> None:
 
 
 def column(rows: list[dict], name: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+    return [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
 
 
 def verdict(experiment: str, run_name: str, evals: list, error: float, late_kl: float) -> str:
