@@ -178,6 +178,19 @@ def test_the_rollout_samples_from_the_adapted_policy(folder):
     assert (rollout.ref_logprobs - rollout.old_logprobs).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("before", ["reference", "critic"])
+def test_the_rollout_chooses_the_policys_adapter_whoever_computed_before(before, folder):
+    config = make_config(folder, **LORA)
+    models = make_models(config)
+    take_steps(models, config, 2)
+    expected, _ = collect(models, config)
+    net = models.reference if before == "reference" else models.critic.model
+    net.select_adapter()
+    found, _ = collect(models, config)
+    assert found.responses == expected.responses
+    assert torch.equal(found.old_logprobs, expected.old_logprobs)
+
+
 def test_a_shared_critic_works_beside_an_adapter(folder):
     config = make_config(folder, critic="shared", **LORA)
     models = make_models(config)
