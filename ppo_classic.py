@@ -747,8 +747,10 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)
-        except Exception:
+        except Exception as error:
             save_checkpoint(run, agent)  # the fault of the environment: what was learned before it is kept
+            if isinstance(error, OSError):  # not one of our files
+                raise RuntimeError(f"env_id {c.env_id}: {error!r}") from error
             raise
         middle = time.perf_counter()
         metrics = update(agent, batch, state["step"], state["kl_coef"], c)

@@ -2014,7 +2014,7 @@ class Run(contextlib.AbstractContextManager):
         self.step = 0  # of the last row of training_metrics.csv
         self.columns = []  # of training_metrics.csv
         self.evaluations = []  # the rows that have one: {"step", "eval/score", ...}
-        self.has_same_evaluation = True  # as at the checkpoint: reward and data
+        self.evaluation_hash = None  # of data and reward of the evaluations in training_metrics.csv
         self.said = set()  # by check_health
         self.settings_history = [{"step": 0, "config": asdict(config)}]
         self.is_tracked = config.track == "wandb"
@@ -2030,7 +2030,8 @@ class Run(contextlib.AbstractContextManager):
     def print_plan(self, tokenizer, examples: list[Example], evals: list[Example]) -> None:
         c = self.config
         self.data_hash = text_hash([(e.prompt, e.answer) for e in examples])
-        self.evaluation_hash = text_hash([c.reward, *[(e.prompt, e.answer) for e in evals]])
+        if evals:
+            self.evaluation_hash = text_hash([c.reward, *[(e.prompt, e.answer) for e in evals]])
         preset = "the demo" if c.model == DEMO.model else "the published GSM8K run"
         print(f"run: {self.folder}\nto continue it: {self.command}\noptions not given: those of {preset}")
         print(f"first prompt: {printable(tokenizer.decode(examples[0].prompt))}")
@@ -2078,11 +2079,24 @@ class Run(contextlib.AbstractContextManager):
             for name in ("summary.json", "model", "critic"):
                 keep_old(self.folder / name)
         write_whole(samples, "".join(lines))
+        table = self.drop_other_evaluations(table)
         self.write_log(table)
-        if not self.has_same_evaluation:
-            return []
         evaluations = table.filter(regex="^eval/").dropna(how="all").dropna(axis=1)
         return evaluations.reset_index(names="step").to_dict("records")
+
+    def drop_other_evaluations(self, table: pandas.DataFrame) -> pandas.DataFrame:
+        """The table without evaluations of other data or by another reward."""
+        try:
+            found = json.loads((self.folder / "summary.json").read_text())["evaluation_hash"]
+        except (OSError, ValueError, KeyError):
+            found = None
+        self.evaluation_hash = self.evaluation_hash or found
+        names = [name for name in table if name.startswith("eval/")]
+        if found in (None, self.evaluation_hash) or not names:
+            return table
+        warn("the evaluations so far are of other data or by another reward: the run is evaluated anew")
+        keep_old(self.folder / "training_metrics.csv")
+        return table.drop(columns=names)
 
     def cut_logs(self, start: int) -> tuple[pandas.DataFrame, list[str]]:
         """The rows and the samples up to this step. Raises ValueError if there are not all."""
@@ -2124,7 +2138,7 @@ class Run(contextlib.AbstractContextManager):
             return
         with self.saving_on_error(step, models, kl_coef):
             metrics, samples = evaluate(models, reward, examples, kl_coef, self.config)
-        metrics = self.add(step, metrics, samples)
+            metrics = self.add(step, metrics, samples)
         self.evaluations.append({"step": step, **metrics})
         response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
         error = metrics["eval/standard_error"]
@@ -2237,6 +2251,7 @@ class Run(contextlib.AbstractContextManager):
                          "transformers": transformers.__version__},
             "commit": commit, "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {gpu}",
             "settings_history": self.settings_history, "config": asdict(self.config),
+            "evaluation_hash": self.evaluation_hash,
         }
         write_whole(self.folder / "summary.json", json.dumps(summary, indent=2))
 
@@ -2336,8 +2351,7 @@ def save_checkpoint(run: Run, step: int, models: Models, kl_coef: float) -> None
         models.critic.save(temporary / "critic.safetensors")
     state = {
         "step": step, "kl_coef": kl_coef, "tracker_id": run.tracker_id, "data_hash": run.data_hash,
-        "evaluation_hash": run.evaluation_hash, "settings_history": run.settings_history,
-        "config": asdict(run.config),
+        "settings_history": run.settings_history, "config": asdict(run.config),
     }
     (temporary / "state.json").write_text(json.dumps(state))
     hashes = {path.name: file_hash(path) for path in temporary.iterdir()}
@@ -2372,12 +2386,9 @@ def load_checkpoint(run: Run, models: Models) -> tuple[int, float]:
     if changes:
         warn(f"settings have changed since step {state['step']}: {', '.join(changes)}")
         run.settings_history.append({"step": state["step"], "changes": changes})
-    if state["data_hash"] != run.data_hash:
+    if state.get("data_hash") != run.data_hash:
         warn("the prompts are not what they were: other rows, or a chat template that writes the date")
-    run.has_same_evaluation = state["evaluation_hash"] == run.evaluation_hash
-    if run.continues and not run.has_same_evaluation:
-        warn(f"evaluations up to step {state['step']} are of other data or another reward")
-    if run.config.kl_target is None:  # nothing has moved it
+    if run.config.kl_target is None or state["config"]["kl_ctrl_type"] == "fixed":  # nothing has moved it
         return state["step"], run.config.kl_coef
     return state["step"], state["kl_coef"]
 

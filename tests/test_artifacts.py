@@ -219,12 +219,18 @@ def test_logs_are_cut_at_the_step_of_the_checkpoint(folder, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_evaluations_of_other_data_are_not_those_of_this_run(folder, tmp_path):
+@pytest.mark.parametrize(("before", "now", "kept"), [
+    ("A", "A", True), ("A", "B", False), (None, "A", True), ("A", None, True)])  # None: no evaluation
+def test_evaluations_of_other_data_are_not_those_of_this_run(before, now, kept, folder, tmp_path, capsys):
     log, _ = logs_of(tmp_path)
     prepare(tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluation_hash": before}))
     run = continued(folder, tmp_path)
-    run.has_same_evaluation = False
-    assert run.restore_logs(2) == [] and "0.75" in log.read_text()
+    run.evaluation_hash = now
+    assert len(run.restore_logs(2)) == (2 if kept else 0)
+    assert ("0.75" in log.read_text()) == kept and run.evaluation_hash == (now or before)
+    assert ("is evaluated anew" in capsys.readouterr().err) != kept
+    assert (tmp_path / "training_metrics.csv.old").exists() != kept
 
 
 @pytest.mark.parametrize("damage", ["letter", "digit", "missing row", "last rows", "no rows", "no samples", "noise"])

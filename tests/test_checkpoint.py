@@ -77,8 +77,7 @@ def weights(run_dir) -> dict:
 
 def make_run(folder, config, **rest) -> SimpleNamespace:
     """What save_checkpoint and load_checkpoint look at in a Run."""
-    return SimpleNamespace(folder=folder, config=config, total=9, data_hash="data", evaluation_hash="evals",
-                           tracker_id="id", continues=True,
+    return SimpleNamespace(folder=folder, config=config, total=9, data_hash="data", tracker_id="id", continues=True,
                            settings_history=[{"step": 0, "config": dataclasses.asdict(config)}], **rest)
 
 
@@ -170,16 +169,23 @@ def test_other_evaluation_data_are_evaluated_and_not_mixed_with_the_old(folder, 
     assert [row["step"] for row in before["first_evaluation"]] == [0]
     assert after["first_evaluation"] == after["last_evaluation"] != before["last_evaluation"]
     assert [row["step"] for row in after["last_evaluation"]] == [2]
-    assert "evaluations up to step 2 are of other data or another reward" in capsys.readouterr().err
+    assert "of other data or by another reward: the run is evaluated anew" in capsys.readouterr().err
+    main(dataclasses.replace(config, eval_dataset=str(other)))  # B again is not evaluated again
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["last_evaluation"] == after["last_evaluation"]
+    main(config)  # and A again is
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["last_evaluation"] == before["last_evaluation"]
 
 
-@pytest.mark.parametrize(("kind", "loaded"), [("fixed", 0.25), ("adaptive", 0.125)])
+@pytest.mark.parametrize(("before", "now", "loaded"), [
+    ("fixed", "fixed", 0.25), ("adaptive", "adaptive", 0.125), ("fixed", "adaptive", 0.25),
+    ("adaptive", "fixed", 0.25)])
 def test_a_fixed_kl_coefficient_is_that_of_the_options_and_a_steered_one_that_of_the_checkpoint(
-        kind, loaded, folder, tmp_path, capsys):
-    config = make_config(folder, kl_ctrl_coef=0.001, kl_ctrl_type=kind)
+        before, now, loaded, folder, tmp_path, capsys):
+    config = make_config(folder, kl_ctrl_coef=0.001, kl_ctrl_type=before)
     models = make_models(config)
     ppo_llm.save_checkpoint(make_run(tmp_path, config), 1, models, 0.125)
-    changed = dataclasses.replace(config, kl_ctrl_coef=0.25)
+    changed = dataclasses.replace(config, kl_ctrl_coef=0.25, kl_ctrl_type=now)
     assert load(tmp_path, 1, models, changed) == (1, loaded)
     assert "kl_ctrl_coef 0.001 → 0.25" in capsys.readouterr().err
 
