@@ -742,8 +742,7 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
         clock = time.perf_counter()
         left = 1 - state["global_step"] / c.total_timesteps
         lr = c.learning_rate * left if c.anneal_lr else c.learning_rate
-        # A schedule of your own goes here: agent.ent_coef = c.ent_coef * left, which ppo_loss can read if
-        # Agent.__init__ gives it a first value; as a number in `row` below it has a column.
+        # A schedule of your own: agent.ent_coef = c.ent_coef * left, with a first value in Agent.__init__.
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)

@@ -257,7 +257,7 @@ def test_the_summary_says_what_is_promised_and_nothing_of_the_environment(run):
     assert set(summary) == {
         "status", "reason", "step", "total_steps", "seconds", "resume_command", "first_evaluation",
         "last_evaluation",
-        "versions", "commit", "machine", "settings_history", "config"}
+        "versions", "commit", "machine", "settings_history", "config", "evaluation_hash"}
     text = json.dumps(summary)
     assert not re.search(r"HF_TOKEN|WANDB|PATH", text)
 
