@@ -279,13 +279,12 @@ class Stream:
         self.lengths += valid
         self.over = (terminated | truncated) & valid
         following = obs.copy()
-        if self.over.any():
-            self.ended += np.stack([self.returns, self.lengths], 1)[self.over].tolist()
+        for i in np.flatnonzero(self.over):
+            self.ended.append([float(self.returns[i]), float(self.lengths[i])])
             if self.mode == AutoresetMode.SAME_STEP:
-                for i in np.flatnonzero(self.over):
-                    following[i] = infos["final_obs"][i]
-            if self.mode == AutoresetMode.DISABLED:
-                obs, _ = self.envs.reset(options={"reset_mask": self.over})
+                following[i] = infos["final_obs"][i]
+        if self.mode == AutoresetMode.DISABLED and self.over.any():
+            obs, _ = self.envs.reset(options={"reset_mask": self.over})
         self.obs = obs
         return following, rewards, terminated & valid, valid
 
@@ -825,7 +824,9 @@ def main(c: Config) -> dict[str, float]:
 def choose_preset(env_id: str) -> Config:
     """The settings for an environment. Raises UsageError if it cannot be made."""
     config = Config(env_id=env_id)
-    name = env_id.split("/")[-1].split(":")[-1].split("-v")[0]
+    name = env_id.split(":")[-1]  # of module:Walk-v0
+    name = name.split("/")[-1]  # of ALE/Breakout-v5
+    name = name.split("-v")[0]
     if name not in PRESETS:
         with closing(make_envs(config, 1)) as envs:
             name = "box" if isinstance(envs.single_action_space, Box) else "discrete"
@@ -956,11 +957,13 @@ class Run:
     def log(self, row: dict[str, float]) -> None:
         """A row for training_metrics.csv, console and tracker. A tracker that fails is said and left out."""
         log = self.folder / "training_metrics.csv"
-        if self.lines == 0 and log.exists() and log.read_text().split("\n")[0] != ",".join(row):
-            keep_old(log)  # of a run with other metrics, before the file was edited
+        header = ",".join(row)
+        if self.lines == 0 and log.exists():
+            if log.read_text().split("\n")[0] != header:
+                keep_old(log)  # of a run with other metrics, before the file was edited
         with open(log, "a") as file:
             if file.tell() == 0:
-                print(*row, sep=",", file=file)
+                print(header, file=file)
             print(*row.values(), sep=",", file=file)
         self.show(row)
         try:

@@ -3,6 +3,7 @@
     python scripts/classic_seeds.py                                        # every environment, 3 seeds: an hour or two
     python scripts/classic_seeds.py --envs CartPole-v1 Acrobot-v1 --seeds 10
     python scripts/classic_seeds.py --peer --envs HalfCheetah-v5 Hopper-v5 --seeds 3       # Stable-Baselines3 instead
+    python scripts/classic_seeds.py --envs HalfCheetah-v5 Walker2d-v5 --million_steps 3
     python scripts/classic_seeds.py --report_only                          # only the tables, from the CSVs
 
 One row per seed goes to docs/results/classic/ENV.csv as soon as the seed is done, with the commit that made it, the
@@ -52,6 +53,7 @@ VARIANTS = ["no_bootstrap", "no_mask", "norm_obs"]  # of the runs in by_hand/
 class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
     seeds: int = 3  # seeds 1 to this
+    million_steps: int = 0  # environment steps of a run, in millions; 0: those of the environment's preset
     peer: bool = False  # run Stable-Baselines3's PPO with the same settings (scripts/benchmark_classic.py --what peer)
     output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV/seedN
     report_only: bool = False  # run nothing
@@ -85,6 +87,8 @@ def run_seed(env_id: str, seed: int, name: str, config: Config) -> dict:
     """Trains and evaluates once; returns the row of the CSV and writes the learning curve, thinned to 100 points."""
     run_dir = config.output / name / f"seed{seed}"
     flags = [f"--env_id={env_id}", f"--seed={seed}"]
+    if config.million_steps > 0:
+        flags.append(f"--total_timesteps={config.million_steps}000000")
     clock = time.perf_counter()
     command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags, f"--output_dir={run_dir}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -146,7 +150,7 @@ def result_cells(path: Path) -> list[str]:
 
 
 def table() -> str:
-    """Two lines per environment: the present file, and the gradient by hand."""
+    """Two lines per environment: the present file, and the gradient by hand; a third where 3 M steps were run."""
     lines = [
         "| environment | made by | seeds | score: mean ± std | IQM [95 % interval] | min, max | last 100 training"
         " episodes | bar |",
@@ -158,6 +162,11 @@ def table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
         cells = ["", "by hand", *result_cells(BY_HAND / f"{env_id}.csv"), str(bar)]
         lines.append(f"| {' | '.join(cells)} |")
+        longer = RESULTS / f"{env_id}-3M.csv"
+        if longer.exists():
+            commits = sorted({row["commit"] for row in read_rows(longer)})
+            cells = [f"{env_id}, 3 M steps", ", ".join(commits), *result_cells(longer), ""]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,6 +222,8 @@ def main(config: Config) -> None:
         name = env_id.replace("/", "-")
         if config.peer:
             name += PEER
+        if config.million_steps > 0:
+            name += f"-{config.million_steps}M"
         path = RESULTS / f"{name}.csv"
         for seed in range(1, config.seeds + 1):
             rows = read_rows(path)
