@@ -96,8 +96,16 @@ class UsageError(Exception):
     """What the user can mend: shown as one sentence, exit code 2."""
 
 
+def say(text: str, file=None) -> None:
+    """A line on stdout, or on this file. Nobody has to read it: a Ctrl-C ends `| tee` too."""
+    try:
+        tqdm.write(text, file=file)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
 def warn(sentence: str) -> None:
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+    say(f"warning: {sentence}", sys.stderr)
 
 
 warn_once = functools.cache(warn)
@@ -807,7 +815,7 @@ def main(c: Config) -> dict[str, float]:
             status = "stopped" if isinstance(error, SystemExit) else "failed"
             with suppress(OSError):  # a full disk
                 run.write_summary(status, repr(error))
-            tqdm.write(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
+            say(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
             if isinstance(error, OSError):
                 raise UsageError(f"{run.folder}: {error}") from error
             raise
@@ -992,8 +1000,8 @@ class Run:
             cells[title] = f"{row[name]:.3g}"
         titles = list(cells)[: shutil.get_terminal_size().columns // 10]
         if self.lines % 20 == 0:
-            tqdm.write("".join(f"{title:>10}" for title in titles))
-        tqdm.write("".join(f"{cells[title]:>10}" for title in titles))
+            say("".join(f"{title:>10}" for title in titles))
+        say("".join(f"{cells[title]:>10}" for title in titles))
         self.lines += 1
 
     def write_summary(self, status: str, reason: str = "") -> None:
@@ -1198,7 +1206,8 @@ def ask_to_stop(number: int, frame) -> None:
     if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
         os._exit(128 + number)
     STOP.append(number)
-    os.write(2, b"\nstopping when this step is done and saved; once more ends at once\n")
+    with suppress(OSError):
+        os.write(2, b"\nstopping when this step is done and saved; the same signal once more ends at once\n")
 
 
 def start() -> int:

@@ -1332,10 +1332,18 @@ def main(config: Config) -> None:
 # ---- Checks ----------------------------------------------------------------------------------------------
 
 
+def say(text: str, file=None) -> None:
+    """A line on stdout, or on this file. Nobody has to read it: a Ctrl-C ends `| tee` too."""
+    try:
+        tqdm.write(text, file=file)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
 def warn(sentence: str) -> None:
     if RANK:
         return
-    print(f"warning: {printable(sentence)}", file=sys.stderr)
+    say(f"warning: {printable(sentence)}", sys.stderr)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -2220,7 +2228,7 @@ class Run(contextlib.AbstractContextManager):
         lines = []
         problem = None
         if self.checkpoint:
-            print(f"resumed from {self.checkpoint.name} of {self.total}: {self.checkpoint}")
+            print(f"resumed from {self.checkpoint.name} of {max(start, self.total)}: {self.checkpoint}")
         if self.continues:
             try:
                 table, lines = self.cut_logs(start)
@@ -2299,8 +2307,8 @@ class Run(contextlib.AbstractContextManager):
         self.evaluations.append({"step": step, **metrics})
         response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
         error = metrics["eval/standard_error"]
-        tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
-        tqdm.write(response[: shutil.get_terminal_size().columns - 1])
+        say(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
+        say(response[: shutil.get_terminal_size().columns - 1])
         self.draw_curves()
         if step < self.total and self.is_stopping():
             save_checkpoint(self, step, models, kl_coef)
@@ -2358,8 +2366,8 @@ class Run(contextlib.AbstractContextManager):
         cells["ETA"] = tqdm.format_interval(left)
         width = shutil.get_terminal_size().columns // 10 * 10
         if done % 20 == 1:
-            tqdm.write("".join(f"{title:>10}" for title in cells)[:width])
-        tqdm.write("".join(f"{cell:>10}" for cell in cells.values())[:width])
+            say("".join(f"{title:>10}" for title in cells)[:width])
+        say("".join(f"{cell:>10}" for cell in cells.values())[:width])
 
     def is_stopping(self) -> bool:
         """Whether a signal has asked any rank to stop."""
@@ -2367,7 +2375,7 @@ class Run(contextlib.AbstractContextManager):
 
     def stop(self, step: int) -> None:
         """Ends the run after a step that has been saved: exit code 130 or 143."""
-        tqdm.write(f"stopped after step {step}; continue with: {self.command}")
+        say(f"stopped after step {step}; continue with: {self.command}")
         sys.exit(128 + int(max_over_ranks(torch.tensor(max(STOP, default=0)))))
 
     @contextlib.contextmanager
@@ -2677,7 +2685,8 @@ def ask_to_stop(number: int, frame) -> None:
     if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
         os._exit(128 + number)
     STOP.append(number)
-    os.write(2, b"\nstopping when this step is done and saved; once more ends at once\n")
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopping when this step is done and saved; the same signal once more ends at once\n")
 
 
 def start() -> int:

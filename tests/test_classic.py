@@ -867,6 +867,15 @@ def test_changed_settings_are_said_and_kept_in_the_summary(here, capsys):
     assert float(rows[4]["optim/lr"]) > float(rows[3]["optim/lr"])  # 1/2 of the new plan is left, of the old one 1/4
 
 
+def test_the_header_tells_a_fresh_run_from_a_resumed_one(here, capsys):
+    ppo_classic.main(tiny(output_dir="run", total_timesteps=64))
+    fresh = capsys.readouterr().out
+    assert "resumed from" not in fresh and fresh.count("run: run, to continue it: python") == 1
+    ppo_classic.main(tiny(output_dir="run"))
+    resumed = capsys.readouterr().out
+    assert resumed.count("resumed from step_3, 94 of 100 environment steps: run/checkpoints/step_3\n") == 1  # 2 reset rows
+
+
 def test_the_learning_rate_falls_linearly_with_the_transitions(here):
     ppo_classic.main(tiny(output_dir="run", total_timesteps=320))
     rows = read_log(here / "run")
@@ -1157,6 +1166,35 @@ def test_a_signal_ends_the_iteration_saves_and_says_how_to_continue(
     ppo_classic.main(tiny(output_dir="run"))
     assert [row["step"] for row in read_log(here / "run")] == ["1", "2", "3", "4"]
     assert read_summary(here / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("broken", [(1,), (1, 2)])  # `| tee log` and `2>&1 | tee log`
+def test_ctrl_c_that_also_ends_who_reads_the_console_loses_nothing(here, broken):
+    code = f"""
+import os, signal, sys
+import ppo_classic
+real = ppo_classic.update
+def interrupted(agent, batch, step, *rest):
+    if step == 2:
+        reader, writer = os.pipe()
+        os.close(reader)
+        for number in {broken}:
+            os.dup2(writer, number)
+        os.kill(os.getpid(), signal.SIGINT)
+        ppo_classic.warn("nobody reads this")
+    return real(agent, batch, step, *rest)
+ppo_classic.update = interrupted
+sys.exit(ppo_classic.start())
+"""
+    settings = dataclasses.asdict(tiny(output_dir="run"))
+    flags = [f"--{name}={x}" for name, x in settings.items() if x != getattr(Config(), name)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *flags], text=True, capture_output=True,
+                          env=environment)
+    assert done.returncode == 130 and ("nobody reads this" in done.stderr) == (broken == (1,))
+    assert [row["step"] for row in read_log(here / "run")] == ["1", "2", "3"]
+    assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_2", "step_3"]
+    assert read_summary(here / "run")["status"] == "stopped"
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, listening):

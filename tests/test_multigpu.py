@@ -55,6 +55,10 @@ def test_the_flags_make_deepspeeds_configuration_and_a_file_replaces_entries(tmp
     # what the flags say, and what the sums of gradients rest on, no file can change
     assert changed["zero_optimization"]["stage"] == 2 and changed["gradient_clipping"] == 1.0
     assert changed["bf16"] == {"enabled": False} and changed["managed_gradient_accumulation"] is False
+    # where the states lie is no promise of ours: the file may say otherwise than --offload
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "none"}}}))
+    changed = twin.deepspeed_config(twin.Config(ds_config=str(file), offload="optimizer"), torch.float32)
+    assert changed["zero_optimization"]["offload_optimizer"] == {"device": "none"}
     with pytest.raises(OSError, match="missing.json"):  # start() shows it as a sentence
         twin.deepspeed_config(twin.Config(ds_config="missing.json"), torch.float32)
 

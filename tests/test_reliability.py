@@ -274,7 +274,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on_bit_b
         name, code, call, step, micro, undisturbed, tmp_path):
     done = run(micro, tmp_path, environment={name: call})
     assert done.code == code and "Traceback" not in done.err
-    assert "stopping when this step is done and saved; once more ends at once" in done.err
+    assert "stopping when this step is done and saved; the same signal once more ends at once" in done.err
     command = re.search(rf"^stopped after step {step}; continue with: python (ppo_llm.py .+)$", done.out, re.M)
     assert command and "--output_dir=run" in command[1]
     assert summary(tmp_path / "run")["status"] == "stopped" and saved(tmp_path / "run") == [f"step_{step}"]
@@ -313,6 +313,31 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_and_the_export_to_the_n
         micro, undisturbed, tmp_path):
     done = run(micro, tmp_path, environment={"SIGTERM": 8})
     assert done.code == 143 and "stopped after step 5" in done.out and not (tmp_path / "run" / "model").exists()
+    assert run(micro, tmp_path).code == 0
+    assert results(tmp_path / "run") == results(undisturbed)
+
+
+@pytest.mark.parametrize("broken", [(1,), (1, 2)])  # `| tee log` and `2>&1 | tee log`
+def test_ctrl_c_that_also_ends_who_reads_the_console_loses_nothing(broken, micro, undisturbed, tmp_path):
+    def prepare():
+        real = ppo_llm.update
+
+        def signalled(*args):
+            if (args[0], args[3]) == ("actor", 2):
+                reader, writer = os.pipe()
+                os.close(reader)
+                for number in broken:
+                    os.dup2(writer, number)
+                os.kill(os.getpid(), signal.SIGINT)
+                ppo_llm.warn("nobody reads this")
+            return real(*args)
+
+        ppo_llm.update = signalled
+
+    done = run(micro, tmp_path, prepare)
+    assert done.code == 130 and saved(tmp_path / "run") == ["step_3"]
+    assert summary(tmp_path / "run")["status"] == "stopped"
+    assert ("nobody reads this" in done.err) == (broken == (1,))
     assert run(micro, tmp_path).code == 0
     assert results(tmp_path / "run") == results(undisturbed)
 
@@ -619,6 +644,7 @@ def test_the_header_tells_a_fresh_run_from_a_resumed_one_and_from_one_that_start
     assert "resumed from" not in fresh.out
     resumed = run(micro, copied.parent)
     assert resumed.out.count("resumed from step_4 of 5") == 1
+    assert "resumed from step_5 of 5" in run(micro, copied.parent, total_steps=0).out
     started = run(micro, copied.parent, output_dir="third", resume=undisturbed / "checkpoints" / "step_2")
     assert started.out.count("resumed from step_2 of 5") == 1 and "begins anew" not in started.err
 

@@ -71,6 +71,12 @@ def grandchildren(prompts, responses, answers):
         os._exit(7)
     time.sleep(1000)
 
+def session_of_its_own(prompts, responses, answers):
+    program = subprocess.Popen(["sleep", "30"], start_new_session=True)
+    with open(responses[0], "w") as file:
+        file.write(str(program.pid))
+    time.sleep(1000)
+
 def show_and_hang_with_the_interpreter(prompts, responses, answers):
     program = subprocess.Popen(["sleep", "1000"])
     with open(responses[0] + ".new", "w") as file:
@@ -334,6 +340,15 @@ def test_what_the_function_started_ends_with_it(isolated, tmp_path, end, said):
         call(isolated("grandchildren", seconds=0.5), str(pids), answer=end)
     assert len(pids.read_text().split()) == 3
     assert all(has_ended(int(pid)) for pid in pids.read_text().split())
+
+
+def test_a_program_with_a_session_of_its_own_survives_as_security_md_says(isolated, tmp_path):
+    path = tmp_path / "pid"
+    with pytest.raises(RuntimeError, match="no scores within"):
+        call(isolated("session_of_its_own", seconds=0.5), str(path))
+    pid = int(path.read_text())
+    assert "State:\tS" in Path(f"/proc/{pid}/status").read_text()
+    os.kill(pid, signal.SIGKILL)
 
 
 def test_all_ends_when_the_training_process_is_killed_and_the_function_keeps_the_interpreter(file, tmp_path):

@@ -9,9 +9,11 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -223,6 +225,15 @@ def test_a_configuration_is_read_as_data(tmp_path, trap, content):
         ppo_llm.read_options(str(tmp_path / "options.yaml"))
 
 
+@pytest.mark.parametrize("name", ["options.json", "options.yaml", "summary.json"])
+def test_a_configuration_may_name_code_of_its_author_so_it_has_to_be_read_first(tmp_path, name):
+    options = {"reward": "theirs.py:f", "rollout": "theirs.py:g", "trust_remote_code": True}
+    content = {"config": options} if name == "summary.json" else options
+    (tmp_path / name).write_text(json.dumps(content))
+    config = ppo_llm.read_config(["--config", str(tmp_path / name)])
+    assert (config.reward, config.rollout, config.trust_remote_code) == ("theirs.py:f", "theirs.py:g", True)
+
+
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "pickle.load",
          "pickle.loads",
          "yaml.load", "yaml.unsafe_load", "yaml.full_load", "marshal.loads"}
@@ -289,6 +300,22 @@ def test_a_tracker_gets_the_settings_and_the_numbers_and_no_text(run, monkeypatc
     tracked.lock.close()
     assert sent[0]["config"] == dataclasses.asdict(tracked.config) and sent[1:] == [{"reward/score": 1.0}]
     assert not any(value in str(sent) for value in [*SECRETS.values(), "private"])
+
+
+def test_a_run_on_local_files_opens_no_connection(folder, tmp_path, monkeypatch, no_figures):
+    opened = []
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, lambda _, address, *rest: opened.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: opened.append(host) or [])
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    ppo_llm.main(make_config(folder, output_dir=str(tmp_path / "run"), total_steps=1, eval_every=1,
+                             eval_dataset=str(folder / "prompts.jsonl")))
+    assert opened == []
+    with contextlib.suppress(UsageError):
+        ppo_llm.load_tokenizer(Config(model="nobody/has-such-a-model"))
+    assert opened  # the model is on the Hub: the trap works
 
 
 def test_files_are_written_below_the_output_folder_and_the_link_beside_it(folder, tmp_path, monkeypatch,
