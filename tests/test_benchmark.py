@@ -19,6 +19,7 @@ import benchmark_peers
 
 import ppo_llm
 
+pytestmark = pytest.mark.slow  # they time whole steps
 ROWS = {
     "rollout": {"ppo_llm.py", "dc3ee96, with its engine", "generate, dynamic cache", "generate, static cache",
                 "generate_batch"},

@@ -116,6 +116,7 @@ def test_steps_of_a_resumed_log_rise_without_gap_or_repetition(folder, tmp_path)
     assert [row["step"] for row in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_trains_nothing_and_deletes_nothing(folder, tmp_path):
     config = long_config(folder, tmp_path / "run")
     main(config)
@@ -245,6 +246,7 @@ def test_the_command_that_began_with_resume_continues_its_own_run(straight, fold
     assert weights(tmp_path / "run" / "model") == weights(expected / "model")
 
 
+@pytest.mark.slow
 def test_no_steps_evaluate_the_start_or_the_checkpoint_of_another_run(folder, tmp_path):
     config = long_config(folder, tmp_path / "run", total_steps=2)
     main(config)
@@ -352,6 +354,7 @@ def test_a_half_written_checkpoint_is_ignored(folder, tmp_path):
     assert not half.exists()
 
 
+@pytest.mark.slow
 def test_the_old_checkpoint_outlives_a_failed_write_of_the_next(folder, tmp_path, monkeypatch):
     config = long_config(folder, tmp_path / "run", save_total_limit=1)
     interrupted(config, 3)
@@ -487,6 +490,7 @@ def test_the_exported_model_can_be_trained_again(folder, tmp_path):
     assert len(read_log(tmp_path / "two")) == 2
 
 
+@pytest.mark.slow
 def test_a_bf16_run_exports_bf16_weights(folder, tmp_path):
     main(long_config(folder, tmp_path / "run", dtype="bfloat16", total_steps=1))
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")

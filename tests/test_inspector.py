@@ -183,6 +183,7 @@ def test_steps_are_left_out_evenly_and_the_first_and_the_last_stay(max_tokens):
     assert (len(kept) == 30) == (max_tokens >= 90)
 
 
+@pytest.mark.slow
 def test_what_ppo_llm_writes_can_be_inspected(folder, tmp_path, no_figures):
     evaluation = f"{folder}/prompts.jsonl"
     config = make_config(

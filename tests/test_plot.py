@@ -249,6 +249,7 @@ def test_no_legend_lies_over_a_curve_and_no_curve_on_the_frame(tmp_path, write):
                 assert points[:, 1].max() < frame.y1 - 2
 
 
+@pytest.mark.slow
 def test_files_are_written_where_they_are_asked_for(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
     other = write_run(tmp_path / "other", lr=0.5)

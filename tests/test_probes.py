@@ -32,6 +32,7 @@ def test_a_policy_loss_with_the_wrong_sign_fails_the_probe_of_the_last_token(mon
     assert not probes.probe_last()[0]
 
 
+@pytest.mark.slow
 def test_a_critic_that_sees_nothing_fails_the_probe_of_the_prompt(monkeypatch):
     monkeypatch.setattr(ppo_llm.LanguageModel, "values", lambda model, hidden: 0 * hidden.float().sum(-1))
     assert not probes.probe_prompt()[0]

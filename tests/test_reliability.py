@@ -242,6 +242,7 @@ def test_of_two_runs_started_at_once_in_one_folder_one_trains_and_one_is_refused
 # ---- C3: settings ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_changed_settings_are_said_and_kept_in_the_history_of_the_summary(copied, micro):
     done = run(micro, copied.parent, lr=5e-4, gamma=0.5, total_steps=6)
     assert done.code == 0
@@ -317,7 +318,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_and_the_export_to_the_n
     assert results(tmp_path / "run") == results(undisturbed)
 
 
-@pytest.mark.parametrize("broken", [(1,), (1, 2)])  # `| tee log` and `2>&1 | tee log`
+@pytest.mark.parametrize("broken", [(1, 2), pytest.param((1,), marks=pytest.mark.slow)])  # `2>&1 | tee`, `| tee`
 def test_ctrl_c_that_also_ends_who_reads_the_console_loses_nothing(broken, micro, undisturbed, tmp_path):
     def prepare():
         real = ppo_llm.update
@@ -521,11 +522,13 @@ def test_a_tracker_that_fails_does_not_end_the_run(fails_in, sentence, micro, un
     assert results(tmp_path / "run") == results(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_wandb_is_not_installed(micro, tmp_path):
     done = run(micro, tmp_path, lambda: sys.modules.update(wandb=None), track="wandb", total_steps=1)
     assert done.code == 0 and "wandb has failed, the run goes on without it" in done.err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(micro, tmp_path, monkeypatch):
     starts, rows = [], []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb("", starts, rows))
@@ -538,6 +541,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(micro, tmp_path, monkeypatc
     assert state["tracker_id"] == starts[0]["id"]
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_ones_checkpoint_is_a_new_wandb_run(micro, tmp_path, monkeypatch):
     starts = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb("", starts))
@@ -584,6 +588,7 @@ def test_a_read_only_output_dir_is_refused_in_a_sentence(micro, tmp_path):
     assert_one_sentence(run(micro, tmp_path), "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", first_fast(6000, 1000, 100_000))  # bytes: the summary, the log, the checkpoint
 def test_a_full_disk_ends_the_run_in_a_sentence_and_the_same_command_goes_on(limit, micro, undisturbed, tmp_path):
     def prepare():
@@ -627,6 +632,7 @@ def test_a_log_that_is_damaged_or_deleted_begins_anew_and_the_training_goes_on(n
     assert results(copied)[2] == results(undisturbed)[2]
 
 
+@pytest.mark.slow
 def test_half_a_line_of_a_killed_run_is_dropped_and_nothing_else(copied, micro, undisturbed):
     with open(copied / "samples.jsonl", "a") as file:
         file.write('{"step": 1')
@@ -638,6 +644,7 @@ def test_half_a_line_of_a_killed_run_is_dropped_and_nothing_else(copied, micro, 
 # ---- C11, C12: what the header says ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_header_tells_a_fresh_run_from_a_resumed_one_and_from_one_that_starts_from_another(
         copied, micro, undisturbed):
     fresh = run(micro, copied.parent, total_steps=1, output_dir="other")

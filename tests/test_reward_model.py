@@ -533,6 +533,7 @@ def test_every_part_of_the_head_is_trained_beside_adapters(tmp_path):
     assert model.peft_config["default"].lora_alpha == 7
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_before_the_last_evaluation(base, tmp_path):
     summary = train(base, tmp_path / "run", lora_rank=8, lora_alpha=8, lr=1e-2, total_epochs=3,
                     gradient_checkpointing=True)
@@ -559,6 +560,7 @@ def test_centring_takes_nearly_the_same_number_from_every_score(kind):
     assert others.std() < abs(others.mean())
 
 
+@pytest.mark.slow
 def test_a_centred_model_is_saved_centred_and_ranks_as_before(base, trained, tmp_path):
     pairs = held_out_pairs(base)
     folder, model, states = tmp_path / "offset", load(trained[0] / "model"), []
@@ -583,6 +585,7 @@ def test_a_centred_model_is_saved_centred_and_ranks_as_before(base, trained, tmp
     assert runs[True]["eval/margin"] == pytest.approx(runs[False]["eval/margin"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(base, tmp_path):
     runs = {name: tmp_path / name for name in ("one", "two", "other")}
     for name, run_dir in runs.items():

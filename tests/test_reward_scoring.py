@@ -223,6 +223,7 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         ppo_llm.load_reward(Config(reward=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_reward_model_logs_scores_and_truncations(tmp_path, folder, no_figures):
     save_reward_model(tmp_path / "rm", word_tokenizer())
     config = make_config(folder, reward=str(tmp_path / "rm"), critic_model=str(tmp_path / "rm"),

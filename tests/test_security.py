@@ -9,11 +9,9 @@ import pickle
 import re
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -302,22 +300,6 @@ def test_a_tracker_gets_the_settings_and_the_numbers_and_no_text(run, monkeypatc
     assert not any(value in str(sent) for value in [*SECRETS.values(), "private"])
 
 
-def test_a_run_on_local_files_opens_no_connection(folder, tmp_path, monkeypatch, no_figures):
-    opened = []
-    for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, lambda _, address, *rest: opened.append(address))
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **options: opened.append(host) or [])
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    ppo_llm.main(make_config(folder, output_dir=str(tmp_path / "run"), total_steps=1, eval_every=1,
-                             eval_dataset=str(folder / "prompts.jsonl")))
-    assert opened == []
-    with contextlib.suppress(UsageError):
-        ppo_llm.load_tokenizer(Config(model="nobody/has-such-a-model"))
-    assert opened  # the model is on the Hub: the trap works
-
-
 def test_files_are_written_below_the_output_folder_and_the_link_beside_it(folder, tmp_path, monkeypatch,
                                                                           no_figures):
     monkeypatch.chdir(tmp_path)
@@ -417,6 +399,7 @@ def test_the_name_of_a_metric_cannot_be_hostile(name):
     assert is_harmless(ppo_llm.printable(str(error.value)))
 
 
+@pytest.mark.slow
 def test_a_model_whose_tokens_are_hostile_trains_and_is_logged_harmlessly(tmp_path, capsys, no_figures):
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "\x1b[2J"})

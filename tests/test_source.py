@@ -47,9 +47,10 @@ def functions(name: str) -> list[ast.FunctionDef]:
 
 
 def definitions(name: str) -> dict[str, str]:
-    """Text of the functions and classes at the top level."""
+    """Text of the functions and classes at the top level, without decorators."""
+    lines = SOURCES[name].splitlines()
     nodes = [node for node in TREES[name].body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    return {node.name: ast.get_source_segment(SOURCES[name], node) for node in nodes}
+    return {node.name: "\n".join(lines[node.lineno - 1 : node.end_lineno]) for node in nodes}
 
 
 def depth(node: ast.AST) -> int:
