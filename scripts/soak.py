@@ -3,6 +3,7 @@
     python scripts/soak.py                                          # 2,000 steps of ppo_llm.py
     python scripts/soak.py --steps 200 --processes 2                # ppo_llm_multigpu.py under torchrun
     python scripts/soak.py --steps 100 --shortest 0 --longest 3     # a short one
+    python scripts/soak.py --demo --steps 25 --signals SIGINT       # README's first command and Ctrl-C
 
 First an undisturbed run, whose resident memory is measured; then the same command in another folder. It gets
 a kill -9, a Ctrl-C or a SIGTERM some seconds after the first step that a start has finished, and is started
@@ -45,6 +46,10 @@ class Soak:
     """Seconds from the first finished step of a start to the disturbance, at least."""
     longest: float = 60.0
     """The same, at most."""
+    demo: bool = False
+    """The demo with its 25 steps and its own intervals, in place of a model of 23,000 parameters."""
+    signals: tuple[str, ...] = tuple(EXIT_CODES)
+    """The kinds of disturbance."""
     seed: int = 0
     """Of the moments and the kinds of disturbance."""
     folder: Path = Path("output/soak")
@@ -62,6 +67,8 @@ def make_model(folder: Path) -> None:
 
 
 def make_command(run_dir: Path, model: Path, soak: Soak) -> list[str]:
+    if soak.demo:
+        return [sys.executable, str(ROOT / "ppo_llm.py"), "--output_dir", str(run_dir)]
     flags = {
         "model": model, "dataset": model / "prompts.jsonl", "eval_dataset": model / "prompts.jsonl",
         "reward": f"{model / 'reward.py'}:coin", "device": "cpu", "train_batch_size": 8,
@@ -174,7 +181,7 @@ def run_disturbed(command: list[str], run_dir: Path, soak: Soak) -> list[dict]:
     events = []
     while not events or events[-1]["signal"] != "none":
         delay = choice.uniform(soak.shortest, soak.longest)
-        name = choice.choice(list(EXIT_CODES))
+        name = choice.choice(soak.signals)
         console = run_dir.with_name(f"console_{len(events)}.txt")
         event = {"start": len(events), "delay": round(delay, 1)}
         event |= run_once(command, console, delay, name)
