@@ -197,6 +197,9 @@ def faults(event: dict, soak: Soak) -> list[str]:
     found = []
     if event["traceback"] and soak.processes == 1:
         found.append("a traceback")
+    all_is_saved = event["step"] == event["checkpoint"] == soak.steps
+    if soak.processes > 1 and name != "none" and all_is_saved:
+        return found  # the signal came after the last step, and the launcher has an exit code of its own
     has_ended = event["step"] == soak.steps and event["exit_code"] == 0  # the signal came after the last step
     if name == "none" or has_ended:
         if event["exit_code"] != 0:

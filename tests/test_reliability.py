@@ -814,6 +814,12 @@ def test_the_soak_counts_every_broken_promise_of_a_start(changes, count, soak):
     assert len(soak.faults(EVENT | changes, soak.Soak(steps=20, save_every=3))) == count
 
 
+@pytest.mark.parametrize(("checkpoint", "count"), [(20, 0), (18, 1)])
+def test_a_signal_to_ranks_after_their_last_step_breaks_nothing_if_that_step_is_saved(checkpoint, count, soak):
+    event = EVENT | {"signal": "SIGTERM", "step": 20, "exit_code": 1, "checkpoint": checkpoint}
+    assert len(soak.faults(event, soak.Soak(steps=20, processes=2))) == count
+
+
 def test_the_soak_finds_every_difference_but_times(soak, undisturbed, tmp_path):
     other = shutil.copytree(undisturbed, tmp_path / "run")
     log = other / "training_metrics.csv"
