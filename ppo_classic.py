@@ -96,16 +96,8 @@ class UsageError(Exception):
     """What the user can mend: shown as one sentence, exit code 2."""
 
 
-def say(text: str, file=None) -> None:
-    """A line on stdout, or on this file. Nobody has to read it: a Ctrl-C ends `| tee` too."""
-    try:
-        tqdm.write(text, file=file)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
-
-
 def warn(sentence: str) -> None:
-    say(f"warning: {sentence}", sys.stderr)
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 warn_once = functools.cache(warn)
@@ -815,7 +807,7 @@ def main(c: Config) -> dict[str, float]:
             status = "stopped" if isinstance(error, SystemExit) else "failed"
             with suppress(OSError):  # a full disk
                 run.write_summary(status, repr(error))
-            say(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
+            tqdm.write(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
             if isinstance(error, OSError):
                 raise UsageError(f"{run.folder}: {error}") from error
             raise
@@ -1000,8 +992,8 @@ class Run:
             cells[title] = f"{row[name]:.3g}"
         titles = list(cells)[: shutil.get_terminal_size().columns // 10]
         if self.lines % 20 == 0:
-            say("".join(f"{title:>10}" for title in titles))
-        say("".join(f"{cells[title]:>10}" for title in titles))
+            tqdm.write("".join(f"{title:>10}" for title in titles))
+        tqdm.write("".join(f"{cells[title]:>10}" for title in titles))
         self.lines += 1
 
     def write_summary(self, status: str, reason: str = "") -> None:
@@ -1201,6 +1193,22 @@ def show_help(defaults: Config) -> None:
         print(textwrap.fill(sentence, 100, initial_indent="      ", subsequent_indent="      "))
 
 
+class Console:
+    """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def ask_to_stop(number: int, frame) -> None:
     """Ctrl-C and SIGTERM: the first ends the run after its step, the same once more at once."""
     if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
@@ -1213,6 +1221,8 @@ def ask_to_stop(number: int, frame) -> None:
 def start() -> int:
     """The command line. Returns the exit code: 0, or 2 with one sentence on what the user can mend."""
     sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout = Console(sys.stdout)
+    sys.stderr = Console(sys.stderr)
     signal.signal(signal.SIGINT, ask_to_stop)
     signal.signal(signal.SIGTERM, ask_to_stop)
     sys.path.append(os.getcwd())  # where the module of an own environment may lie

@@ -1332,18 +1332,10 @@ def main(config: Config) -> None:
 # ---- Checks ----------------------------------------------------------------------------------------------
 
 
-def say(text: str, file=None) -> None:
-    """A line on stdout, or on this file. Nobody has to read it: a Ctrl-C ends `| tee` too."""
-    try:
-        tqdm.write(text, file=file)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
-
-
 def warn(sentence: str) -> None:
     if RANK:
         return
-    say(f"warning: {printable(sentence)}", sys.stderr)
+    print(f"warning: {printable(sentence)}", file=sys.stderr)
 
 
 def seeded(device: torch.device | str, *parts) -> torch.Generator:
@@ -2307,8 +2299,8 @@ class Run(contextlib.AbstractContextManager):
         self.evaluations.append({"step": step, **metrics})
         response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
         error = metrics["eval/standard_error"]
-        say(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
-        say(response[: shutil.get_terminal_size().columns - 1])
+        tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
+        tqdm.write(response[: shutil.get_terminal_size().columns - 1])
         self.draw_curves()
         if step < self.total and self.is_stopping():
             save_checkpoint(self, step, models, kl_coef)
@@ -2366,8 +2358,8 @@ class Run(contextlib.AbstractContextManager):
         cells["ETA"] = tqdm.format_interval(left)
         width = shutil.get_terminal_size().columns // 10 * 10
         if done % 20 == 1:
-            say("".join(f"{title:>10}" for title in cells)[:width])
-        say("".join(f"{cell:>10}" for cell in cells.values())[:width])
+            tqdm.write("".join(f"{title:>10}" for title in cells)[:width])
+        tqdm.write("".join(f"{cell:>10}" for cell in cells.values())[:width])
 
     def is_stopping(self) -> bool:
         """Whether a signal has asked any rank to stop."""
@@ -2375,7 +2367,7 @@ class Run(contextlib.AbstractContextManager):
 
     def stop(self, step: int) -> None:
         """Ends the run after a step that has been saved: exit code 130 or 143."""
-        say(f"stopped after step {step}; continue with: {self.command}")
+        tqdm.write(f"stopped after step {step}; continue with: {self.command}")
         sys.exit(128 + int(max_over_ranks(torch.tensor(max(STOP, default=0)))))
 
     @contextlib.contextmanager
@@ -2680,6 +2672,22 @@ def read_config(arguments: list[str]) -> Config:
         raise
 
 
+class Console:
+    """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def ask_to_stop(number: int, frame) -> None:
     """Ctrl-C and SIGTERM: the first ends the run after its step, the same once more at once."""
     if number in STOP:  # a launcher sends SIGTERM after a Ctrl-C
@@ -2692,6 +2700,8 @@ def ask_to_stop(number: int, frame) -> None:
 def start() -> int:
     """The command line. Returns the exit code: 0, or 2 with one sentence on what the user can mend."""
     sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout = Console(sys.stdout)
+    sys.stderr = Console(sys.stderr)
     if RANK:  # one rank speaks for all
         sys.stdout = open(os.devnull, "w")
     sys.argv = [x for x in sys.argv if not re.match("--local[-_]rank", x)]  # launchers add it

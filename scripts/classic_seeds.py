@@ -53,7 +53,7 @@ VARIANTS = ["no_bootstrap", "no_mask", "norm_obs"]  # of the runs in by_hand/
 class Config:
     envs: tuple[str, ...] = tuple(BARS)  # environments, in this order
     seeds: int = 3  # seeds 1 to this
-    million_steps: int = 0  # environment steps of a run, in millions; 0: those of the environment's preset
+    million_steps: int = 0  # environment steps of a run, in millions; 0: the preset's (the tables show 0 and 3)
     peer: bool = False  # run Stable-Baselines3's PPO with the same settings (scripts/benchmark_classic.py --what peer)
     output: Path = ROOT / "output" / "classic"  # runs go to OUTPUT/ENV/seedN
     report_only: bool = False  # run nothing
@@ -217,6 +217,8 @@ def insert(path: Path, name: str, text: str) -> None:
 
 
 def main(config: Config) -> None:
+    if config.peer and config.million_steps:
+        sys.exit("error: --peer plays the steps of the preset: leave --million_steps out")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for env_id in () if config.report_only else config.envs:
         name = env_id.replace("/", "-")

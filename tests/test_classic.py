@@ -1184,6 +1184,7 @@ def interrupted(agent, batch, step, *rest):
             os.dup2(writer, number)
         os.kill(os.getpid(), signal.SIGINT)
         ppo_classic.warn("nobody reads this")
+        print("nor this")
     return real(agent, batch, step, *rest)
 ppo_classic.update = interrupted
 sys.exit(ppo_classic.start())
@@ -1406,7 +1407,7 @@ def test_the_console_is_a_table_of_fixed_columns_with_its_header_every_20_lines(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "width"), [("xterm", 40), ("dumb", 80)])
+@pytest.mark.parametrize(("kind", "width"), [("xterm", 40), ("dumb", 200)])
 def test_a_terminal_gets_a_bar_with_the_time_left_and_a_dumb_one_does_not(here, kind, width):
     main, worker = pty.openpty()
     fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
