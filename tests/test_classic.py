@@ -444,7 +444,7 @@ def test_a_time_limit_does_not_change_the_value(mode):
     assert learned_value(mode, "truncated") == pytest.approx(10, rel=0.02)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["next", *(pytest.param(mode, marks=pytest.mark.slow) for mode in list(MODES)[1:])])
 def test_a_failure_does(mode):  # V = 1 + 0.9 * 2/3 * V: one step in three is the last one
     assert learned_value(mode, "terminated") == pytest.approx(2.5, rel=0.02)
 

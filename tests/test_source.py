@@ -169,6 +169,7 @@ def test_the_command_line_is_the_golden_list(name):
     assert "\n".join(lines).replace(str(ROOT), "ROOT") + "\n" == golden.read_text(), "the command line has changed"
 
 
+@pytest.mark.slow
 @each_file
 def test_importing_has_no_side_effects(tmp_path, name):
     code = f"import os, random; random.seed(1); import {name}; print(os.listdir(), random.random())"
