@@ -1205,6 +1205,7 @@ class Console:
     def write(self, text: str) -> None:
         try:
             self.stream.write(text)
+            self.stream.flush()  # here, where it may fail
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -1220,7 +1221,6 @@ def ask_to_stop(number: int, frame) -> None:
 
 def start() -> int:
     """The command line. Returns the exit code: 0, or 2 with one sentence on what the user can mend."""
-    sys.stdout.reconfigure(line_buffering=True)
     sys.stdout = Console(sys.stdout)
     sys.stderr = Console(sys.stderr)
     signal.signal(signal.SIGINT, ask_to_stop)

@@ -2684,6 +2684,7 @@ class Console:
     def write(self, text: str) -> None:
         try:
             self.stream.write(text)
+            self.stream.flush()  # here, where it may fail
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
@@ -2699,7 +2700,6 @@ def ask_to_stop(number: int, frame) -> None:
 
 def start() -> int:
     """The command line. Returns the exit code: 0, or 2 with one sentence on what the user can mend."""
-    sys.stdout.reconfigure(line_buffering=True)
     sys.stdout = Console(sys.stdout)
     sys.stderr = Console(sys.stderr)
     if RANK:  # one rank speaks for all

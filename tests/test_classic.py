@@ -1184,7 +1184,7 @@ def interrupted(agent, batch, step, *rest):
             os.dup2(writer, number)
         os.kill(os.getpid(), signal.SIGINT)
         ppo_classic.warn("nobody reads this")
-        print("nor this")
+        print("nor this", end="", flush=True)
     return real(agent, batch, step, *rest)
 ppo_classic.update = interrupted
 sys.exit(ppo_classic.start())

@@ -331,7 +331,7 @@ def test_ctrl_c_that_also_ends_who_reads_the_console_loses_nothing(broken, micro
                     os.dup2(writer, number)
                 os.kill(os.getpid(), signal.SIGINT)
                 ppo_llm.warn("nobody reads this")
-                print("nor this")
+                print("nor this", end="", flush=True)
             return real(*args)
 
         ppo_llm.update = signalled
