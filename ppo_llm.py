@@ -393,7 +393,7 @@ def compute_advantages(
 
 
 def importance_weights(old_logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor, cap: float) -> Tensor:
-    """min(exp(old - sampled), cap) [B, T], 1 outside the mask, for a sampler that is not the trained policy.
+    """min(exp(old - sampled), cap) [B, T], for a sampler that is not the trained policy.
 
     Truncated importance sampling (arXiv:1802.01561, section 4.1, where it is rho; for rollouts of another
     engine: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"). No
@@ -1488,7 +1488,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
     if config.lora_target not in ("all", "all-linear"):
         targets = [target.strip() for target in config.lora_target.split(",")]
         for target in targets:
-            layers = [layer for name, layer in lm.named_modules() if name.endswith(f".{target}")]
+            layers = [layer for name, layer in lm.named_modules() if f".{name}".endswith(f".{target}")]
             if not layers or lm.get_output_embeddings() in layers:
                 raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
@@ -2416,22 +2416,28 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
 
     A LoRA adapter is added to the weights, in fp32. What transformers has no class for is said, and left out.
     """
+    if critic.pooling == "mean":
+        print("no critic/: transformers' sequence classifiers do not read the mean of the states")
+        return
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
     lm_config.dtype = torch.float32 if critic.adapter else critic.lm.dtype
-    lm_config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id in range(lm_config.get_text_config().vocab_size):
+        lm_config.pad_token_id = tokenizer.pad_token_id
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
-    if critic.pooling == "mean" or not isinstance(getattr(model, "score", None), nn.Linear):
-        print("no critic/: transformers has no sequence classifier that computes what this critic does")
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        print("no critic/: transformers has no sequence classifier with a linear score head for this model")
         return
-    weights = {}
+    weights = {}  # on the CPU: merged, they are larger than what the GPU holds
     for name, x in critic.lm.base_model.state_dict().items():
         if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = x
+            weights[name.replace("base_layer.", "")] = x.cpu()
     for name, layer in critic.lm.base_model.named_modules():
         if hasattr(layer, "get_delta_weight"):
-            weights[f"{name}.weight"] = weights[f"{name}.weight"].float() + layer.get_delta_weight("critic")
+            weight = getattr(layer, "parameter_name", "weight")  # fused experts have other names
+            name = f"{name.replace('.base_layer', '')}.{weight}"
+            weights[name] = weights[name].float() + layer.get_delta_weight("critic").cpu()
     model.base_model.load_state_dict(weights)
     model.score.weight.data.copy_(critic.value_head.weight)
     model.save_pretrained(folder)

@@ -7,14 +7,15 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import collect, make_config, make_lm, make_models, save_folder, take_steps
+from conftest import collect, make_config, make_lm, make_models, make_tokenizer, save_folder, take_steps
 from safetensors.torch import load_file
 
 import ppo_llm
 from ppo_llm import export_models, score_tokens
 
 LORA = {"lora_rank": 4}
-SENTENCE = "no critic/: transformers has no sequence classifier that computes what this critic does\n"
+NO_CLASS = "no critic/: transformers has no sequence classifier with a linear score head for this model\n"
+NO_MEAN = "no critic/: transformers' sequence classifiers do not read the mean of the states\n"
 pytestmark = pytest.mark.usefixtures("no_figures")
 
 
@@ -46,7 +47,7 @@ def check_folder(folder, rollout, values, tolerance: float = 1e-5) -> None:
 
 
 KINDS = {"qwen2": {}, "gpt2": {}, "gpt_neox": {}, "gemma2": {"head_dim": 8, "sliding_window": 6},
-         "mixtral": {}, "bloom": {}}
+         "mixtral": {}, "bloom": {}, "llama": {"tie_word_embeddings": True}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,6 +57,22 @@ def test_the_reloaded_classifier_says_v_at_the_last_token(kind, tmp_path, capsys
     export_models(tmp_path / "run", models, config)
     check_folder(tmp_path / "run" / "critic", rollout, rollout.old_values)
     assert "no critic/" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("in_tokenizer", "in_model", "expected"), [
+    (64, 5, 5),  # the tokenizer's is a token that the model does not know, and which is never fed
+    (None, 5, 5),
+    (2, 5, 2),
+    (None, None, None)])
+def test_the_pad_token_is_one_that_the_model_knows(in_tokenizer, in_model, expected, tmp_path):
+    tokenizer = make_tokenizer(pad_token={64: "<far>", 2: "<bot>", None: None}[in_tokenizer])
+    assert tokenizer.pad_token_id == in_tokenizer
+    source = save_folder(tmp_path / "source", make_lm(pad_token_id=in_model), tokenizer)
+    models, rollout, config = make_trained(source)
+    export_models(tmp_path / "run", models, config)
+    check_folder(tmp_path / "run" / "critic", rollout, rollout.old_values)
+    settings = json.loads((tmp_path / "run" / "critic" / "config.json").read_text())
+    assert settings.get("pad_token_id") == expected
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +143,7 @@ def test_the_folder_is_a_reward_model_too(first_run, folder):
     assert scores == pytest.approx(expected.flatten().tolist(), abs=1e-5) and scores != [0.0]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])  # gpt2's layers are transposed
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mixtral"])  # transposed layers; fused experts and a router
 def test_a_lora_adapter_is_merged_into_the_folder(kind, tmp_path):
     source = save_folder(tmp_path / "source", make_lm(kind))
     models, rollout, config = make_trained(source, **LORA)
@@ -178,9 +195,9 @@ def test_a_bf16_critic_is_exported_in_bf16(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "changes", "sentence"), [
-    ("qwen2", {"value_pooling": "mean"}, SENTENCE),
+    ("qwen2", {"value_pooling": "mean"}, NO_MEAN),
     ("qwen2", {"critic": "shared"}, "no critic/: a shared critic is a head on the policy\n"),
-    ("granite", {}, SENTENCE),  # transformers has no classifier of it
+    ("granite", {}, NO_CLASS),  # transformers has no classifier of it
     ("qwen2", {"adv_estimator": "grpo", "rollout_n": 2}, "")])
 def test_where_there_can_be_no_folder_a_sentence_says_why(kind, changes, sentence, tmp_path, capsys):
     source = save_folder(tmp_path / "source", make_lm(kind))
