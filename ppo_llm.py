@@ -505,7 +505,8 @@ class LanguageModel(nn.Module):
         self.has_logits = lm.get_output_embeddings() is not None and adapter != "critic"
         self.value_head = None
         if with_values:
-            size = lm.config.get_text_config().hidden_size
+            lm_config = lm.config.get_text_config()
+            size = getattr(lm_config, "word_embed_proj_dim", lm_config.hidden_size)  # OPT projects
             self.value_head = nn.Linear(size, 1, bias=False, device=lm.device, dtype=lm.dtype)
             nn.init.zeros_(self.value_head.weight)
 
@@ -610,12 +611,12 @@ class Learner:
             raise Diverged("three gradients in a row are not finite: lower lr, critic_lr or the scores")
 
     def drop_gradient(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
 
     def get_state(self, i: int) -> dict[str, Tensor]:
         """The fp32 master of the i-th weight, and what AdamW remembers of it."""
         master = self.masters[i]
-        return {"weight": master.detach(), **self.optimizer.state.get(master, {})}
+        return {"weight": master.detach(), **self.optimizer.state[master]}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
         master = self.masters[i].data.copy_(state.pop("weight"))

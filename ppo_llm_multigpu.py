@@ -516,7 +516,8 @@ class LanguageModel(nn.Module):
         self.has_logits = lm.get_output_embeddings() is not None and adapter != "critic"
         self.value_head = None
         if with_values:
-            size = lm.config.get_text_config().hidden_size
+            lm_config = lm.config.get_text_config()
+            size = getattr(lm_config, "word_embed_proj_dim", lm_config.hidden_size)  # OPT projects
             self.value_head = nn.Linear(size, 1, bias=False, device=lm.device, dtype=lm.dtype)
             nn.init.zeros_(self.value_head.weight)
 
@@ -642,7 +643,7 @@ class Learner:
             raise Diverged("three gradients in a row are not finite: lower lr, critic_lr or the scores")
 
     def drop_gradient(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         if self.stage == 2:
             self.optimizer.averaged_gradients = {}
             self.optimizer.all_grad_tensors = {}
@@ -657,7 +658,7 @@ class Learner:
             state = {key or "weight": get(key) for key in (None, "exp_avg", "exp_avg_sq")}
             return {} if RANK else {**state, "step": self.optimizer.state[self.parts[0]]["step"].clone()}
         master = self.masters[i]
-        return {"weight": master.detach(), **self.optimizer.state.get(master, {})}
+        return {"weight": master.detach(), **self.optimizer.state[master]}
 
     def set_state(self, i: int, state: dict[str, Tensor]) -> None:
         if self.stage:

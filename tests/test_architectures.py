@@ -29,7 +29,7 @@ KINDS = {
     "gemma": {"head_dim": 8},
     "olmo2": {},
     "starcoder2": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_key_value_heads": None},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "num_key_value_heads": None},  # as opt-350m, which projects
 }
 LESS_KNOWN = ("gemma", "olmo2", "starcoder2", "opt", "phi3", "qwen3")
 MOST = [pytest.param(kind, marks=[pytest.mark.slow] if kind in LESS_KNOWN else []) for kind in KINDS]

@@ -47,7 +47,8 @@ def check_folder(folder, rollout, values, tolerance: float = 1e-5) -> None:
 
 
 KINDS = {"qwen2": {}, "gpt2": {}, "gpt_neox": {}, "gemma2": {"head_dim": 8, "sliding_window": 6},
-         "mixtral": {}, "bloom": {}, "llama": {"tie_word_embeddings": True}}
+         "mixtral": {}, "bloom": {}, "llama": {"tie_word_embeddings": True},
+         "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
