@@ -1197,6 +1197,7 @@ class Console:
     """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
 
     def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
         self.stream = stream
 
     def __getattr__(self, name: str):

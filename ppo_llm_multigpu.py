@@ -87,6 +87,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from tqdm.utils import disp_trim
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -131,12 +132,12 @@ class Config:
     output_dir: str | None = None  # Folder of the run, continued if it holds one; None: output/NAME-TIME.
     resume: str | None = None  # Start from the weights, optimizer and step of this other run or checkpoint.
     device: str = "auto"  # Device: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1 or mps.
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Of the weights; auto: bfloat16 on cuda.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Type of the weights; auto: bfloat16 on cuda.
     # Models
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # Hugging Face name or folder; without this flag the demo runs.
     critic: Literal["separate", "shared"] = "separate"  # A model of its own, or a value head on the policy.
     critic_model: str | None = None  # Start of the separate critic and of its value head; None: the policy.
-    value_pooling: Literal["last", "mean"] = "last"  # Hidden states that the value head reads.
+    value_pooling: Literal["last", "mean"] = "last"  # The value head reads the last state or their mean.
     reference: Literal["init", "previous", "mixed"] = "init"  # Policy that the KL is measured against.
     reference_mix: float = 0.5  # Weight of the previous policy in reference mixed.
     lora_rank: int | None = None  # Rank of the LoRA adapters that are trained; None: train all weights.
@@ -145,79 +146,79 @@ class Config:
     gradient_checkpointing: bool = False  # Recompute activations in backward: less memory, about 30 % slower.
     trust_remote_code: bool = False  # Run Python code that comes with a model repository.
     # Data
-    dataset: str = "openai/gsm8k"  # demo, a file, or a name of the Hub: NAME[:CONFIG[:SPLIT]].
-    eval_dataset: str | None = None  # The same; None: the test split of demo or gsm8k, else none.
+    dataset: str = "openai/gsm8k"  # Training prompts: demo, a file, or a Hub name, NAME[:CONFIG[:SPLIT]].
+    eval_dataset: str | None = None  # Held-out prompts; None: the test split of demo or gsm8k, else none.
     prompt_column: str | None = None  # None: question, instruction, prompt, messages or conversations.
-    answer_column: str | None = None  # None: answer, output, ground_truth, reward_model, or none.
-    system_prompt: str | None = None  # Put before every prompt as a system turn.
-    max_prompt_length: int = 1024  # Tokens; longer training prompts are dropped, evaluation prompts cut.
+    answer_column: str | None = None  # None: answer, output, ground_truth, reward_model, or no answers.
+    system_prompt: str | None = None  # Text put before every prompt as a system turn.
+    max_prompt_length: int = 1024  # Limit in tokens; longer training prompts are dropped, others cut.
     # Reward
     reward: str = "gsm8k"  # gsm8k, FILE.py:function(prompts, responses, answers), or a reward model.
-    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # Where the score goes.
+    reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # How the score is spread.
     attribution_discount: float = 0.95  # Discounted: weight of a token relative to the next one.
     missing_eos_penalty: float | None = None  # Subtracted from the score of a response that was cut.
     # KL
-    use_kl_in_reward: bool | None = None  # KL as a part of the reward; None: unless use_kl_loss.
+    use_kl_in_reward: bool | None = None  # Subtract the KL from the reward; None: unless use_kl_loss.
     kl_penalty: KLPenalty = "k1"  # Estimator in the reward; only k1 has the right gradient there.
-    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # Whether the coefficient is steered.
+    kl_ctrl_type: Literal["fixed", "adaptive"] = "fixed"  # Whether the coefficient is steered to a target.
     kl_ctrl_coef: float = 0.001  # Coefficient of the KL in the reward; 0: no reference model is loaded.
-    kl_ctrl_target: float | None = None  # KL that adaptive holds; None: 0.1 per token, 6.0 per sequence.
-    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # Unit of kl_ctrl_target.
+    kl_ctrl_target: float | None = None  # Nats that adaptive holds; None: 0.1 per token, 6.0 per sequence.
+    kl_ctrl_unit: Literal["token", "sequence"] = "token"  # Unit that kl_ctrl_target is in.
     kl_ctrl_horizon: int = 10000  # Responses over which the coefficient moves by at most 20 %.
-    use_kl_loss: bool = False  # KL as a term of the actor's loss instead of the reward.
-    kl_loss_coef: float = 0.001  # Its coefficient (steered too, when kl_ctrl_type is adaptive).
+    use_kl_loss: bool = False  # Make the KL a term of the actor's loss instead of the reward.
+    kl_loss_coef: float = 0.001  # Coefficient of the KL in the loss, steered where kl_ctrl_type is adaptive.
     kl_loss_type: KLLoss = "k3+"  # Estimator in the loss; k2, full and the + forms have the right gradient.
     # Rollout
-    train_batch_size: int = 256  # Prompts per step.
-    rollout_n: int = 1  # Responses per prompt.
-    max_response_length: int = 512  # Tokens.
+    train_batch_size: int = 256  # Number of prompts in a step.
+    rollout_n: int = 1  # Number of responses to each prompt.
+    max_response_length: int = 512  # Limit of a response in tokens; what is longer is cut there.
     temperature: float = 1.0  # Divides the logits, in sampling and in every log-probability.
     rollout: str = "builtin"  # builtin, or FILE.py:generate(model, prompts, stop_ids, config, generator).
     rollout_slots: int = 256  # Responses generated at a time; changes memory and speed only.
     rollout_is_cap: float | None = 2.0  # Cap of the weights where log-probs are scored anew; None: off.
     # Advantage
-    adv_estimator: Estimator = "gae"  # gae needs a critic, the others none.
-    gamma: float = 1.0  # Discount per token.
-    lam: float = 1.0  # GAE lambda.
+    adv_estimator: Estimator = "gae"  # How advantages are estimated; only gae needs a critic.
+    gamma: float = 1.0  # Discount of rewards per token.
+    lam: float = 1.0  # Lambda of GAE, per token.
     lam_critic: float | None = None  # Another lambda for the returns (VC-PPO); None: lam.
     norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO).
-    whiten_advantages: bool | None = None  # Over the rollout; None: as the estimator is defined.
+    whiten_advantages: bool | None = None  # Whiten them over the rollout; None: as the estimator is defined.
     # Loss
     clip_ratio: float = 0.2  # The ratio new/old is clipped to 1 +- this.
-    clip_ratio_low: float | None = None  # Lower side; None: clip_ratio.
-    clip_ratio_high: float | None = None  # Upper side; None: clip_ratio.
+    clip_ratio_low: float | None = None  # Lower side of that range; None: clip_ratio.
+    clip_ratio_high: float | None = None  # Upper side of that range; None: clip_ratio.
     clip_ratio_c: float | None = 3.0  # Dual clip: bound where the advantage is negative; None: off.
     cliprange_value: float | None = 0.5  # Values move at most this far from the old ones; None: off.
     vf_coef: float = 0.1  # Weight of the value loss when critic is shared.
-    entropy_coeff: float = 0.001  # Weight of the entropy bonus.
+    entropy_coeff: float = 0.001  # Weight of the entropy bonus, per nat.
     loss_agg_mode: Aggregation = "token-mean"  # How the losses of tokens become one number.
     loss_scale_factor: float | None = None  # Divisor of seq-mean-token-sum-norm; None: max_response_length.
     # Optimization
-    total_epochs: int = 15  # Passes over the data set.
+    total_epochs: int = 15  # Number of passes over the data set.
     total_steps: int | None = None  # Steps (rollout + update); 0: only evaluate; None: from total_epochs.
-    ppo_epochs: int = 1  # Passes over each rollout.
-    ppo_mini_batch_size: int = 64  # Responses per optimizer step.
-    critic_ppo_epochs: int | None = None  # Passes of the critic; None: ppo_epochs.
+    ppo_epochs: int = 1  # Number of passes over each rollout.
+    ppo_mini_batch_size: int = 64  # Number of responses per optimizer step.
+    critic_ppo_epochs: int | None = None  # Passes of the critic over each rollout; None: ppo_epochs.
     critic_ppo_mini_batch_size: int | None = None  # The same for the critic; None: ppo_mini_batch_size.
     micro_batch_tokens: int = 16384  # Tokens per pass, padding included; changes memory and speed only.
     lr: float = 1e-6  # Learning rate of the policy.
     critic_lr: float = 1e-5  # Learning rate of the critic or of the value head.
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # After the warm-up.
-    warmup_steps: int = 0  # Steps (rollout + update) of linear warm-up.
-    weight_decay: float = 0.01  # Weight decay of AdamW.
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # Course after the warm-up.
+    warmup_steps: int = 0  # Steps (rollout + update) in which the learning rates rise from 0.
+    weight_decay: float = 0.01  # Weight decay of AdamW, for both models.
     grad_clip: float = 1.0  # The norm of a gradient is clipped to this.
     early_stop_kl: float | None = None  # Ends the actor's update when approx_kl of a mini-batch passes this.
     critic_warmup: int = 0  # First steps in which only the critic learns.
     critic_early_stop: bool = False  # End the critic's epochs when its held-out loss stops falling.
     # Evaluation
     eval_every: int = 10  # Steps between evaluations (greedy; also at the start and end); 0: never.
-    eval_size: int | None = None  # Evaluation rows; None: all.
+    eval_size: int | None = None  # Number of evaluation rows that are used; None: all.
     save_every: int = 50  # Steps between checkpoints; 0: only at the end.
-    save_total_limit: int = 2  # Newest checkpoints that are kept.
-    track: Literal["none", "wandb"] = "none"  # Also send the metrics there.
+    save_total_limit: int = 2  # Number of newest checkpoints that are kept.
+    track: Literal["none", "wandb"] = "none"  # Where the metrics are sent, beside the folder of the run.
     # Ranks
     zero_stage: Literal[0, 2, 3] = 2  # ZeRO: 2 splits optimizer and gradients over the ranks, 3 weights too.
-    offload: Literal["none", "optimizer", "all"] = "none"  # What ZeRO keeps on the CPU.
+    offload: Literal["none", "optimizer", "all"] = "none"  # What ZeRO keeps in the CPU's memory.
     ds_config: str | None = None  # JSON file with entries that replace those of the DeepSpeed configuration.
     dist_timeout: int = 1800  # Seconds that a rank waits for the others before it ends the run.
 
@@ -2298,10 +2299,11 @@ class Run(contextlib.AbstractContextManager):
             metrics, samples = evaluate(models, reward, examples, kl_coef, self.config)
             metrics = self.add(step, metrics, samples)
         self.evaluations.append({"step": step, **metrics})
-        response = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
+        sample = printable(f"  sample, score {samples[0]['score']:.3g}: {samples[0]['response']}")
         error = metrics["eval/standard_error"]
         tqdm.write(f"evaluation at step {step}: {metrics['eval/score']:.4g} ± {error:.2g}")
-        tqdm.write(response[: shutil.get_terminal_size().columns - 1])
+        width = shutil.get_terminal_size().columns - 1
+        tqdm.write(disp_trim(sample[:width], width))
         self.draw_curves()
         if step < self.total and self.is_stopping():
             save_checkpoint(self, step, models, kl_coef)
@@ -2357,7 +2359,7 @@ class Run(contextlib.AbstractContextManager):
             cells[title] = f"{metrics[name]:.3g}" if name in metrics else "-"
         cells["seconds"] = f"{seconds:.1f}"
         cells["ETA"] = tqdm.format_interval(left)
-        width = shutil.get_terminal_size().columns // 10 * 10
+        width = shutil.get_terminal_size((100, 24)).columns // 10 * 10  # in a pipe all columns
         if done % 20 == 1:
             tqdm.write("".join(f"{title:>10}" for title in cells)[:width])
         tqdm.write("".join(f"{cell:>10}" for cell in cells.values())[:width])
@@ -2452,10 +2454,12 @@ class Run(contextlib.AbstractContextManager):
         gc.collect()  # a figure is a cycle of references: without this, memory grows with every evaluation
 
     def print_end(self) -> None:
-        """Evaluations before and after, and where to look."""
+        """A table of the evaluations before and after, and where to look."""
+        if self.evaluations:
+            print(f"{'step':>10}{'evaluation score':>20}")
         for row in self.evaluations[:1] + self.evaluations[1:][-1:]:
-            error = row["eval/standard_error"]
-            print(f"evaluation at step {row['step']}: {row['eval/score']:.4g} ± {error:.2g}")
+            score = f"{row['eval/score']:.4g} ± {row['eval/standard_error']:.2g}"
+            print(f"{row['step']:>10}{score:>20}")
         inspector = HERE / "scripts" / "inspect_run.py"
         if inspector.is_file():
             subprocess.run([sys.executable, inspector, self.folder], stdout=subprocess.DEVNULL)
@@ -2644,7 +2648,8 @@ def read_options(path: str) -> list[str]:
 
 def print_help(defaults: Config) -> None:
     """The options of Config in its groups; the comments in its source explain them."""
-    print(f"{__doc__.split('    for step')[0]}Options (--config FILE.json or .yaml reads them from a file):")
+    print(__doc__.split("    for step")[0].strip())
+    print("\nOptions (--config FILE reads them from JSON, YAML or the summary.json of a run):")
     for line in inspect.getsource(Config).splitlines():
         heading = re.fullmatch(r"    # (.+)", line)
         option = re.fullmatch(r"    (\w+): (.+) = .+?  # (.+)", line)
@@ -2656,7 +2661,7 @@ def print_help(defaults: Config) -> None:
             if kind == "bool":
                 kind = f"(--no_{name})"
             elif choices and "None" not in kind:
-                kind = f"{{{','.join(choices)}}}"
+                kind = f"{{{','.join(map(str, choices))}}}"
             print(f"  --{name} {kind}\n      {text} Default: {getattr(defaults, name)}.")
 
 
@@ -2683,6 +2688,7 @@ class Console:
     """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
 
     def __init__(self, stream):
+        stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
         self.stream = stream
 
     def __getattr__(self, name: str):

@@ -1,13 +1,18 @@
 """A run's folder, its evaluations, and what it says on the way."""
 
 import dataclasses
+import fcntl
 import inspect
 import json
 import math
+import os
+import pty
 import re
 import shlex
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +21,7 @@ import pytest
 import torch
 from conftest import collect, make_config, make_models, make_prompts, read_log, take_steps
 from test_reliability import in_a_process
+from tqdm.utils import disp_len
 
 import ppo_llm
 from ppo_llm import Config, Example, check_health, evaluate, main
@@ -388,7 +394,7 @@ def test_a_piped_run_prints_one_line_per_step(piped):
     rows = [line.split() for line in lines if re.match(r" +\d/3 ", line)]
     assert [row[0] for row in rows] == ["1/3", "2/3", "3/3"]
     titles = next(line.split() for line in lines if line.split()[:1] == ["step"])
-    assert titles == ["step", *ppo_llm.COLUMNS, "seconds"] and len(titles) == len(rows[0])
+    assert titles == ["step", *ppo_llm.COLUMNS, "seconds", "ETA"] and len(titles) == len(rows[0])
     log = read_log(piped[1] / "output" / "ppo_metrics")
     assert rows[2][1] == f"{log[2]['reward/score']:.3g}"
     assert sum("first prompt: a<bot>" in line for line in lines) == 1
@@ -416,6 +422,95 @@ def test_the_resume_command_of_a_finished_run_trains_nothing_more(piped):
     again = run_script(command[1:], piped[1])
     assert command[0] == "python" and again.code == 0, again.err
     assert read_log(run_dir) == log and len(list((piped[1] / "output").iterdir())) == 2
+
+
+def make_console(folder, tmp_path, monkeypatch, width: int, **changes) -> ppo_llm.Run:
+    """A run of 45 steps that only talks, on a terminal of this width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in ("add", "draw_curves"):
+        monkeypatch.setattr(ppo_llm.Run, name, lambda run, *x: x[1] if x else None)
+    monkeypatch.setattr(ppo_llm, "describe_samples", lambda *x: [])
+    run = ppo_llm.Run(make_config(folder, output_dir=str(tmp_path / "run"), **changes), 45)
+    run.start = 0
+    run.began = 0.0
+    return run
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_console_has_fixed_columns_and_a_header_every_20_rows_at_any_width(
+    width, folder, tmp_path, monkeypatch, capsys
+):
+    run = make_console(folder, tmp_path, monkeypatch, width)
+    for step in range(1, 46):
+        run.log_step(step, {"rollout/tokens": 100, "reward/score": step / 3}, None, None, 2.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [i for i, line in enumerate(lines) if "score" in line] == [0, 21, 42] and len(lines) == 48
+    assert {len(line) for line in lines} == {min(width // 10, 9) * 10}
+    assert lines[1].split()[:3] == ["1/45", "0.333", "-"]
+    assert (lines[0].split()[-1] == "ETA") == (width == 200)  # the bar shows it on a narrow terminal
+
+
+def test_an_evaluation_has_a_line_with_its_error_and_one_sample_of_the_width_of_the_terminal(
+    folder, tmp_path, monkeypatch, capsys
+):
+    run = make_console(folder, tmp_path, monkeypatch, 60, eval_every=1)
+    metrics = {"eval/score": 0.36, "eval/standard_error": 0.0196}
+    samples = [{"score": 1.0, "response": "\x1b[31m" + "答案" * 200}]
+    monkeypatch.setattr(ppo_llm, "evaluate", lambda *x: (metrics, samples))
+    run.evaluate_if_due(45, None, None, ["a row"], 0.0)
+    line, sample = capsys.readouterr().out.splitlines()
+    assert line == "evaluation at step 45: 0.36 ± 0.02"
+    assert sample.startswith("  sample, score 1: \\x1b[31m答案") and 58 <= disp_len(sample) <= 59
+
+
+def test_a_finished_run_ends_with_a_table_of_the_evaluations_before_and_after(
+    folder, tmp_path, monkeypatch, capsys
+):
+    run = make_console(folder, tmp_path, monkeypatch, 80)
+    monkeypatch.setattr(ppo_llm, "HERE", tmp_path)  # without an inspector
+    run.evaluations = [{"step": 0, "eval/score": 0.25, "eval/standard_error": 0.1}]
+    run.print_end()
+    header, before = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "evaluation", "score"] and before.split() == ["0", "0.25", "±", "0.1"]
+    for step in (20, 45):
+        run.evaluations.append({"step": step, "eval/score": step / 50, "eval/standard_error": 0.03})
+    run.print_end()
+    assert capsys.readouterr().out.splitlines()[2].split() == ["45", "0.9", "±", "0.03"]
+    run.evaluations = []
+    run.print_end()
+    assert capsys.readouterr().out == ""
+
+
+def test_where_the_output_takes_ascii_only_other_letters_are_escaped(tmp_path):
+    code = "import sys, ppo_llm; sys.stdout = ppo_llm.Console(sys.stdout); print('0.3 ± 0.1')"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=SCRIPT.parent, capture_output=True)
+    assert done.stdout == b"0.3 \\xb1 0.1\n", done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_terminal_gets_a_bar_with_the_time_left_and_a_dumb_one_does_not(kind, folder, tmp_path):
+    terminal, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 60, 0, 0))
+    flags = ["--model", folder, "--dataset", folder / "prompts.jsonl", "--reward", f"{folder}/reward.py:coin",
+             "--train_batch_size", 8, "--ppo_mini_batch_size", 4, "--max_prompt_length", 16,
+             "--max_response_length", 8, "--total_steps", 3, "--output_dir", tmp_path / "run"]
+    environment = os.environ | {"TERM": kind, "COLUMNS": "60", "NO_COLOR": "1"}
+    command = [sys.executable, SCRIPT, *flags]
+    process = subprocess.Popen([str(x) for x in command], stdout=worker, stderr=worker, env=environment)
+    os.close(worker)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1000):
+            shown += chunk
+    except OSError:  # how the end of a pseudo-terminal is told
+        pass
+    assert process.wait() == 0
+    assert bool(re.search(r"100%.* 3/3 \[.*<00:00", shown.decode())) == (kind == "xterm")
+    rows = [line for line in re.split("[\r\n]+", shown.decode()) if re.match(r" +\d/3 ", line)]
+    assert len(rows) == 3 and {len(row) for row in rows} == {60}
+    assert not re.search(r"\x1b\[\d*m", shown.decode())  # no colours
 
 
 WARNINGS = [

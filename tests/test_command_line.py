@@ -96,7 +96,7 @@ def test_the_help_begins_with_the_examples_of_the_docstring_and_they_parse(help_
 
 
 def test_the_help_has_a_heading_for_each_group_and_every_option_once_in_its_order(help_text):
-    found = re.findall(r"^(?:(\w+)|  --(\w+).*)$", help_text.split("from a file):")[1], re.MULTILINE)
+    found = re.findall(r"^(?:(\w+)|  --(\w+).*)$", help_text.split("of a run):")[1], re.MULTILINE)
     assert [heading for heading, _ in found if heading] == GROUPS
     assert [option for _, option in found if option] == [field.name for field in dataclasses.fields(Config)]
     counts = [len(re.findall("--", part)) for part in re.split(r"\n\n\w+\n", help_text)[1:]]
@@ -107,13 +107,20 @@ def test_every_option_has_a_sentence_its_type_or_choices_and_its_default(help_te
     for field in dataclasses.fields(Config):
         kind, text, default = re.search(rf"  --{field.name} (.+)\n      (.+\.) Default: (.*)\.\n",
                                         help_text).groups()
-        assert len(text.split()) >= 1 and text.count("  ") == 0
+        assert len(text.split()) >= 4 and text.count("  ") == 0
         assert default == str(getattr(DEMO, field.name))
         if field.type is bool:
             assert kind == f"(--no_{field.name})"
         assert not kind.startswith("Literal") and "typing" not in kind
     assert "--critic {separate,shared}\n" in help_text
     assert "--kl_loss_type {k1,kl,abs,k2,mse,k3,low_var_kl,full,k1+," in help_text
+
+
+def test_the_help_of_the_twin_has_its_own_group_too():
+    command = [sys.executable, str(ROOT / "ppo_llm_multigpu.py"), "--help"]
+    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "\nRanks\n  --zero_stage {0,2,3}\n" in done.stdout and "--dist_timeout int" in done.stdout
 
 
 def test_the_help_shows_the_defaults_of_the_preset_in_use(command):
