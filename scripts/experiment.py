@@ -21,11 +21,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import gsm8k_prompts
-import matplotlib.figure
+import matplotlib
+import plot
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 KL_TARGETS = (0.005, 0.012)  # per token
+TITLES = {
+    "demo": "The bundled demo",
+    "timing": "The bundled demo, with nothing else on the machine",
+    "kl": "Adaptive KL control",
+    "format": "A reward for the layout, on real GSM8K questions",
+    "gsm8k": "GSM8K's strict reward, a model of 1 M parameters",
+}
 
 
 @dataclass
@@ -113,18 +121,14 @@ def verdict(experiment: str, run_name: str, evals: list, error: float, late_kl: 
 
 def report(experiment: str, results: Path) -> str:
     """The table (Markdown) of all runs in results, and results/curves.png."""
-    figure = matplotlib.figure.Figure(figsize=(14, 4), layout="constrained")
-    panels = figure.subplots(1, 3)
-    names = ("eval/score", "reward/kl", "reward/kl_coef" if experiment == "kl" else "reward/score")
     lines = ["| run | start | end | gain | bar | KL per token, second half | minutes | peak GiB | command |",
              "|---|---|---|---|---|---|---|---|---|"]
     for path in sorted(results.glob("*.csv")):
         with path.open() as file:
             rows = list(csv.DictReader(file))
-        note, evals, kl = json.loads(path.with_suffix(".json").read_text()), *(column(rows, n) for n in names[:2])
-        for axis, name in zip(panels, names, strict=True):
-            points = column(rows, name) or [(0, math.nan)]
-            axis.plot(*zip(*points, strict=True), "--" if "control" in path.stem else "-", label=path.stem)
+        note = json.loads(path.with_suffix(".json").read_text())
+        evals = column(rows, "eval/score")
+        kl = column(rows, "reward/kl")
         (_, first), (_, last) = evals[0], evals[-1]
         errors = [error for _, error in column(rows, "eval/standard_error")]
         late = [x for step, x in kl if step > len(kl) / 2]
@@ -134,16 +138,25 @@ def report(experiment: str, results: Path) -> str:
                  verdict(experiment, path.stem, evals, errors[0], late_kl), shown_kl, note["minutes"],
                  note["peak_memory_gib"] or "not measured", f"`{note['command']}`")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    titles = ("greedy held-out score", "KL(policy, reference) per token", names[2])
-    for axis, title in zip(panels, titles, strict=True):
-        axis.set(title=title, xlabel="step")
-    for target in KL_TARGETS if experiment == "kl" else ():
-        panels[1].axhline(target, color="grey", linewidth=0.8, linestyle=":")
-    panels[0].set_ylim(0, 1)
-    panels[0].legend()
-    figure.savefig(results / "curves.png", dpi=90)
+    draw_curves(experiment, results)
     (results / "table.md").write_text("\n".join(lines) + "\n")
     return "\n".join(lines)
+
+
+def draw_curves(experiment: str, results: Path) -> None:
+    """results/curves.png: the seeds of one kind of run are one curve."""
+    labels = {"seed": "PPO", "control_permuted": "control: scores permuted", "control_lr0": "control: learning rate 0"}
+    groups = {}
+    for path in sorted(results.glob("*.csv"), key=lambda path: path.stem.startswith("control")):
+        found = [label for beginning, label in labels.items() if path.stem.startswith(beginning)]
+        label = found[0] if found else path.stem.replace("_", " ")
+        groups.setdefault(label, []).append(plot.read_run(path))
+    metrics = ["eval/score", "reward/kl", "reward/kl_coef" if experiment == "kl" else "reward/score"]
+    with matplotlib.rc_context(plot.STYLE):
+        figure = plot.draw_comparison(groups, metrics, TITLES[experiment])
+        for target in KL_TARGETS if experiment == "kl" else ():
+            figure.axes[1].axhline(target, color="grey", linewidth=0.8, linestyle=":")
+        figure.savefig(results / "curves.png", dpi=110)
 
 
 def main(config: Config) -> None:

@@ -112,14 +112,14 @@ PANELS = [
     Panel("Entropy of the policy", "nats", [("policy/entropy", "entropy")]),
     Panel(
         "Size of the update",
-        "clip fraction, share of ratios",
+        "clip fraction",
         [("policy/clipfrac", "clip fraction")],
         [("policy/approx_kl", "KL(old, new)")],
         "approx_kl, nats",
     ),
     Panel(
         "Critic",
-        "value loss, squared return",
+        "value loss, half squared error",
         [("value/loss", "value loss")],
         [("value/explained_variance", "explained variance")],
         "explained variance",
@@ -145,7 +145,7 @@ PANELS = [
         [("optim/grad_norm", "actor"), ("optim/critic_grad_norm", "critic")],
         is_log=True,
     ),
-    Panel("Time by phase", "seconds per step", PHASES),
+    Panel("Time by phase", "seconds per rollout and update", PHASES),
 ]
 COMPARED_CLASSIC = {  # metric -> title and unit, when runs of ppo_classic.py are compared
     "rollout/return_100": ("Return, mean of the last 100 episodes", "return per episode"),
@@ -153,7 +153,7 @@ COMPARED_CLASSIC = {  # metric -> title and unit, when runs of ppo_classic.py ar
     "policy/entropy": ("Entropy of the policy", "nats"),
     "policy/approx_kl": ("KL(old, new) in an update", "nats"),
     "value/explained_variance": ("Explained variance of the critic", "share of the returns' variance"),
-    "value/loss": ("Value loss", "squared return"),
+    "value/loss": ("Value loss", "half squared error"),
 }
 COMPARED = {  # the same for language models
     "eval/score": ("Evaluation", "mean score"),
@@ -163,6 +163,7 @@ COMPARED = {  # the same for language models
     "value/explained_variance": ("Explained variance of the critic", "share of the returns' variance"),
     "rollout/response_length": ("Response length", "tokens"),
 }
+OTHERS = {"reward/kl_coef": ("KL coefficient", "weight of a nat")}  # known, but not drawn unless asked for
 NOT_SMOOTHED = (
     "eval/",
     "rollout/return_100",
@@ -227,7 +228,7 @@ def number(text: str | None) -> float:
 
 def add_last_evaluation(curves: dict, summary: dict) -> None:
     """ppo_classic.py evaluates once, after the last step, and writes that only into summary.json."""
-    evaluation = summary.get("evaluation")
+    evaluation = summary.get("last_evaluation")
     if not isinstance(evaluation, dict) or "eval/score" in curves:
         return
     last_step = np.array([max(x[-1] for x, _ in curves.values())])
@@ -379,7 +380,7 @@ def draw_metric(axis, run: Run, metric: str, label: str, color: str, dashes="-",
         label = f"{label} (below {bounds[0]:g} drawn there)"
     smooth = y
     if not metric.startswith(NOT_SMOOTHED):
-        axis.plot(x, y, ".", color=color, markersize=4, alpha=0.45, markeredgewidth=0)
+        axis.plot(x, y, ".", color=color, markersize=5, alpha=0.6, markeredgewidth=0)
         smooth = running_mean(y, window_of(len(y)))
     marker = "o" if len(y) == 1 else None
     return axis.plot(x, smooth, color=color, linewidth=1.6, linestyle=dashes, label=label, marker=marker)[0]
@@ -401,6 +402,8 @@ def set_limits(axis, may_be_log: bool = False) -> None:
     axis.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
     if highest > 0 and highest - lowest < 1e-6 * highest:
         axis.set_ylim(0, 1.25 * highest)
+    elif highest == lowest == 0:
+        axis.set_ylim(-0.05, 1)
 
 
 def draw_panel(axis, panel: Panel, run: Run) -> None:
@@ -465,7 +468,7 @@ def draw_run(run: Run, title: str | None):
 def draw_comparison(groups: dict[str, list[Run]], metrics: list[str], title: str | None):
     """The figure of several runs. Raises UsageError if none of the metrics was measured."""
     runs = [run for group in groups.values() for run in group]
-    known = COMPARED | COMPARED_CLASSIC
+    known = COMPARED | COMPARED_CLASSIC | OTHERS
     wanted = metrics or COMPARED
     if not metrics and "rollout/return_100" in runs[0].curves:
         wanted = COMPARED_CLASSIC
@@ -511,7 +514,7 @@ def draw_group(axis, curves: list, metric: str, label: str, i: int):
     marker = "o" if metric.startswith("eval/") else None
     if len(curves) > 1:
         axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    dashes = DASHES[i % len(DASHES)]
+    dashes = DASHES[(i + i // len(COLORS)) % len(DASHES)]  # no two of 32 curves look the same
     return axis.plot(x, middle, color=color, linewidth=1.8, linestyle=dashes, marker=marker, markersize=4)[0]
 
 

@@ -1,4 +1,4 @@
-"""Seven small tasks for people who have changed ppo_llm.py: each fails for one reason, and says which.
+"""Nine small tasks for people who have changed ppo_llm.py: each fails for one reason, and says which.
 
     python scripts/probes.py             # all, under two minutes on one CPU core
     python scripts/probes.py --only kl   # one of them
@@ -10,6 +10,7 @@ code is 1 if a probe fails.
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ BASE = ppo_llm.Config(
 
 @dataclass
 class Options:
-    only: Literal["all", "constant", "last", "first", "prompt", "kl", "clip", "resume"] = "all"  # which probe
+    only: Literal[
+        "all", "constant", "last", "first", "prompt", "opposite", "kl", "clip", "stop", "resume"] = "all"  # which probe
 
 
 class Numbers:
@@ -60,10 +62,12 @@ def make_models(config: ppo_llm.Config) -> ppo_llm.Models:
 
 
 def train(
-    models: ppo_llm.Models, config: ppo_llm.Config, reward: Callable, steps: range
+    models: ppo_llm.Models, config: ppo_llm.Config, reward: Callable, steps: range, kl_coef: float | None = None
 ) -> list[dict[str, float]]:
-    """Metrics of each step; reward(prompt, tokens) -> score."""
-    controller = ppo_llm.AdaptiveKLController(config.kl_coef, config.kl_target, config.kl_ctrl_horizon)
+    """Metrics of each step; reward(prompt, tokens) -> score. It begins with kl_coef, None: that of the config."""
+    if kl_coef is None:
+        kl_coef = config.kl_coef
+    controller = ppo_llm.AdaptiveKLController(kl_coef, config.kl_target, config.kl_ctrl_horizon)
     examples = []
     for i in range(config.train_batch_size):
         examples.append(ppo_llm.Example("", "", PROMPTS[i % 2]))
@@ -81,6 +85,7 @@ def train(
         metrics |= ppo_llm.update("critic", models, rollout, step, steps.stop, controller.coef, config)
         metrics |= ppo_llm.update("actor", models, rollout, step, steps.stop, controller.coef, config)
         controller.update(float(metrics.get("reward/kl", 0.0)), config.rollout_size)
+        metrics["next_kl_coef"] = controller.coef
         history.append({name: float(x) for name, x in metrics.items()})
     return history
 
@@ -121,6 +126,15 @@ def probe_prompt() -> tuple[bool, str, str]:
         "the critic does not see the prompt: positions, padding, or the state that its head reads")
 
 
+def probe_opposite() -> tuple[bool, str, str]:
+    def reward(prompt: int, tokens: list[int]) -> bool:  # what is right for one prompt is wrong for the other
+        return is_low(tokens[0]) == (prompt == 1)
+
+    score = train(make_models(BASE), BASE, reward, range(40))[-1]["reward/score"]
+    return score > 0.9, f"score {score:.2f}, two prompts have opposite answers", (
+        "the policy does not see the prompt, or scores and responses have lost their prompts on the way")
+
+
 def probe_kl() -> tuple[bool, str, str]:
     config = replaced(kl_ctrl_type="adaptive", kl_ctrl_coef=0.1, kl_ctrl_target=0.05, kl_ctrl_horizon=64)
     history = train(make_models(config), config, lambda prompt, tokens: is_low(tokens[0]), range(60))
@@ -135,31 +149,42 @@ def probe_clip() -> tuple[bool, str, str]:
 
     fast = replaced(lr=1e-2)
     clipped = train(make_models(fast), fast, reward, range(2))[-1]["policy/clipfrac"]
+    return clipped > 0.02, f"{clipped:.0%} of the tokens clipped at a rate of 1e-2", (
+        "clipped_policy_loss, or the old log-probs (are they of the policy before the update?)")
+
+
+def probe_stop() -> tuple[bool, str, str]:
+    def reward(prompt: int, tokens: list[int]) -> bool:
+        return is_low(tokens[0])
+
     stopping = replaced(lr=1e-2, early_stop_kl=0.02)
     models = make_models(stopping)
     train(models, stopping, reward, range(1))
     steps = int(next(iter(models.actor.optimizer.state.values()))["step"])
     planned = BASE.ppo_epochs * BASE.rollout_size // BASE.ppo_mini_batch_size
-    found = f"{clipped:.0%} of the tokens clipped at a rate of 1e-2; early stop after {steps} of {planned} steps"
-    return clipped > 0.02 and steps < planned, found, (
-        "clipped_policy_loss, the old log-probs (are they of the policy before the update?), or early_stop_kl")
+    return steps < planned, f"early stop after {steps} of {planned} optimizer steps at a rate of 1e-2", (
+        "early_stop_kl, or approx_kl (is it measured against the policy before the update?)")
 
 
 def probe_resume() -> tuple[bool, str, str]:
     def reward(prompt: int, tokens: list[int]) -> bool:
         return is_low(tokens[-1])
 
-    straight = make_models(BASE)
-    train(straight, BASE, reward, range(4))
-    first = make_models(BASE)
-    train(first, BASE, reward, range(2))
-    second = make_models(BASE)
     with tempfile.TemporaryDirectory() as folder:
-        for role in ("actor", "critic"):
-            path = Path(folder, f"{role}.safetensors")
-            getattr(first, role).save(path)
-            getattr(second, role).load(path)
-    train(second, BASE, reward, range(2, 4))
+        config = replaced(
+            kl_ctrl_type="adaptive", kl_ctrl_coef=0.1, kl_ctrl_target=0.05, kl_ctrl_horizon=64, output_dir=folder)
+        straight = make_models(config)
+        train(straight, config, reward, range(4))
+        first = make_models(config)
+        kl_coef = train(first, config, reward, range(2))[-1]["next_kl_coef"]
+        with ppo_llm.Run(config, 4) as run:
+            run.data_hash = ""
+            ppo_llm.save_checkpoint(run, 2, first, kl_coef)
+        second = make_models(config)
+        with ppo_llm.Run(config, 4) as run:
+            run.data_hash = ""
+            step, kl_coef = ppo_llm.load_checkpoint(run, second)
+        train(second, config, reward, range(step, 4), kl_coef)
     equal = True
     for role in ("actor", "critic"):
         for x, y in zip(getattr(straight, role).weights, getattr(second, role).weights, strict=True):
@@ -169,8 +194,8 @@ def probe_resume() -> tuple[bool, str, str]:
 
 
 PROBES = {
-    "constant": probe_constant, "last": probe_last, "first": probe_first, "prompt": probe_prompt, "kl": probe_kl,
-    "clip": probe_clip, "resume": probe_resume,
+    "constant": probe_constant, "last": probe_last, "first": probe_first, "prompt": probe_prompt,
+    "opposite": probe_opposite, "kl": probe_kl, "clip": probe_clip, "stop": probe_stop, "resume": probe_resume,
 }
 
 
@@ -181,7 +206,11 @@ def main(options: Options) -> None:
         if options.only not in ("all", name):
             continue
         began = time.perf_counter()
-        passed, found, cause = probe()
+        try:
+            passed, found, cause = probe()
+        except Exception as error:  # the next rung may still say more
+            traceback.print_exc()
+            passed, found, cause = False, f"raised {error!r}", "the last line of the traceback that is this project's"
         seconds = time.perf_counter() - began
         print(f"{'PASS' if passed else 'FAIL'}  {name:9} {found} ({seconds:.0f} s)", flush=True)
         if not passed:

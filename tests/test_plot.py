@@ -56,7 +56,7 @@ def write_classic_run(folder: Path, seed: int) -> Path:
             writer.writerow(row)
     evaluation = {"eval/score": 99.0, "eval/standard_error": 3.0, "eval/episodes": 10}
     config = {"env_id": "CartPole-v1", "seed": seed}
-    (folder / "summary.json").write_text(json.dumps({"evaluation": evaluation, "config": config}))
+    (folder / "summary.json").write_text(json.dumps({"last_evaluation": evaluation, "config": config}))
     return folder
 
 

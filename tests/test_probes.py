@@ -12,14 +12,14 @@ import probes
 import ppo_llm
 
 
-@pytest.mark.parametrize("name", ["prompt", "clip", "resume"])
+@pytest.mark.parametrize("name", ["prompt", "clip", "stop", "resume"])
 def test_the_probe_passes(name):
     passed, found, _ = probes.PROBES[name]()
     assert passed, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["constant", "last", "first", "kl"])
+@pytest.mark.parametrize("name", ["constant", "last", "first", "opposite", "kl"])
 def test_the_slow_probe_passes(name):
     passed, found, _ = probes.PROBES[name]()
     assert passed, found
@@ -42,6 +42,43 @@ def test_a_clip_that_does_nothing_fails_the_probe_of_the_clip(monkeypatch):
     right = ppo_llm.clipped_policy_loss
     monkeypatch.setattr(ppo_llm, "clipped_policy_loss", lambda a, b, c, *clips: right(a, b, c, 1e9, 1e9, None))
     assert not probes.probe_clip()[0]
+
+
+def test_an_early_stop_that_does_nothing_fails_the_probe_of_the_stop(monkeypatch):
+    kl = ppo_llm.estimate_kl
+    monkeypatch.setattr(ppo_llm, "estimate_kl", lambda *x: 0 * kl(*x))
+    assert not probes.probe_stop()[0]
+
+
+@pytest.mark.slow
+def test_a_policy_that_sees_no_prompt_fails_the_probe_of_opposite_answers(monkeypatch):
+    right = ppo_llm.collect_rollout
+
+    def blind(models, reward, examples, step, *rest):
+        hidden = [ppo_llm.replace(example, prompt=[3]) for example in examples]
+        return right(models, lambda _, responses: reward(examples, responses), hidden, step, *rest)
+
+    monkeypatch.setattr(ppo_llm, "collect_rollout", blind)
+    passed, found, _ = probes.probe_opposite()
+    assert not passed, found
+
+
+def test_a_controller_that_is_not_saved_fails_the_probe_of_the_resume(monkeypatch):
+    load = ppo_llm.load_checkpoint
+    monkeypatch.setattr(ppo_llm, "load_checkpoint", lambda run, models: (load(run, models)[0], run.config.kl_coef))
+    assert not probes.probe_resume()[0]
+
+
+def test_a_probe_that_raises_fails_and_the_next_ones_are_made(monkeypatch, capsys):
+    def broken():
+        raise ValueError("no such tensor")
+
+    monkeypatch.setattr(probes, "PROBES", {"first": broken, "last": lambda: (True, "fine", "")})
+    with pytest.raises(SystemExit, match="True"):
+        probes.main(probes.Options())
+    printed = capsys.readouterr()
+    assert "FAIL  first     raised ValueError('no such tensor')" in printed.out and "PASS  last" in printed.out
+    assert "Traceback" in printed.err
 
 
 def test_a_shuffle_that_forgets_its_seed_fails_the_probe_of_the_resume(monkeypatch):
