@@ -1106,7 +1106,7 @@ def train_mini_batch(
     metrics = dict(zip(sums, totals, strict=True))
     metrics["tokens"] = tokens.item()
     metrics["grad_norm"] = learner.clip_gradient()
-    stop_kl = math.inf if config.early_stop_kl is None else config.early_stop_kl
+    stop_kl = config.early_stop_kl or math.inf
     metrics["stopped"] = metrics.get("policy/approx_kl", 0.0) > stop_kl
     if metrics["stopped"]:
         learner.drop_gradient()
@@ -2278,7 +2278,9 @@ class Run(contextlib.AbstractContextManager):
         panels = figure.subplots(3, 3).flat
         for axis, name in zip(panels, CURVES, strict=True):
             axis.set(title=name, xlabel="step", ylabel=CURVES[name])
+            axis.locator_params("x", integer=True)
             if name not in table:
+                axis.text(0.5, 0.5, "not measured", ha="center")
                 continue
             curve = table[name].dropna()
             errors = None

@@ -16,7 +16,15 @@ parser.add_argument("at_least", type=float)
 parser.add_argument("--last", type=int, default=1)
 parser.add_argument("--step", type=int)
 options = parser.parse_args()
-curve = pandas.read_csv(options.run / "training_metrics.csv").set_index("step")[options.metric].dropna()
+path = options.run / "training_metrics.csv"
+if not path.is_file():
+    sys.exit(f"error: {path} does not exist: give the folder of a run")
+table = pandas.read_csv(path).set_index("step")
+if options.metric not in table:
+    sys.exit(f"error: {path} has no column {options.metric!r}; it has {', '.join(table)}")
+curve = table[options.metric].dropna()
+if options.step is not None and options.step not in curve:
+    sys.exit(f"error: {path} has no {options.metric} of step {options.step}")
 value = curve[options.step] if options.step is not None else curve.tail(options.last).mean()
 print(f"{options.run}: {options.metric} {value:.4f}, at least {options.at_least} is expected")
 sys.exit(int(not value >= options.at_least))

@@ -237,7 +237,7 @@ def take_screenshot(page_file: Path, picture: Path, view: str) -> None:
         raise UsageError("--screenshot needs chromium: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page = browser.new_page(viewport={"width": 1400, "height": 800})
         page.goto(f"{page_file.resolve().as_uri()}#{view}")
         page.screenshot(path=picture, full_page=True)
         browser.close()

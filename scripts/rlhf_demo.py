@@ -111,19 +111,19 @@ def judge(
 
 def plot(table: pandas.DataFrame, path: Path) -> None:
     """Score, KL and win rate over the steps, with two standard errors."""
-    figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(10, 3.8), layout="constrained")
     titles = {
-        "reward_model_score": "what is optimised: reward-model score",
-        "kl_per_response": "KL to the start",
-        "win_rate": "what is wanted: win rate by the human's rule",
+        "reward_model_score": ("what is optimised: reward-model score", "mean score"),
+        "kl_per_response": ("KL to the start", "nats per response"),
+        "win_rate": ("what is wanted: win rate by the rule", "share of the responses"),
     }
-    for axis, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+    for axis, (name, (title, unit)) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for run, label in (("ppo_kl", "with KL"), ("ppo_no_kl", "without KL")):
             part = pandas.concat([table[:1], table[table.policy == run]])
-            axis.errorbar(part.step, part[name], 2 * part[f"{name}_se"], label=label, capsize=2)
-        axis.set(title=title, xlabel="step")
+            axis.errorbar(part.step, part[name], 2 * part[f"{name}_se"], label=label, capsize=2, marker=".")
+        axis.set(title=title, xlabel="step", ylabel=unit)
         axis.title.set_fontsize(9)
-    axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=90)
 
 

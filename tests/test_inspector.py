@@ -230,12 +230,12 @@ def open_page(browser, tmp_path):
     pages = []
     addresses = []
 
-    def open_run(run: Path, address: str = ""):
+    def open_run(run: Path, address: str = "", **limit):
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text))
         page.on("request", lambda request: addresses.append(request.url))
-        page.goto(f"{inspect_run.write_inspector(run).as_uri()}#{address}")
+        page.goto(f"{inspect_run.write_inspector(run, **limit).as_uri()}#{address}")
         pages.append(page)
         return page
 
@@ -430,3 +430,10 @@ def test_a_long_response_fits_into_every_width(open_page, tmp_path, width):
     page.set_viewport_size({"width": width, "height": 800})
     page.wait_for_timeout(200)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_page_of_150_000_tokens_draws_its_calibration(open_page, tmp_path):
+    samples = [make_rollout(step, "long", ["Ġword"] * 1000, step / 150) for step in range(1, 151)]
+    run = write_run(tmp_path / "run", samples)
+    page = open_page(run, max_tokens=200_000)
+    assert page.locator("#calibration svg circle").count() > 0
