@@ -2443,7 +2443,7 @@ class Run(contextlib.AbstractContextManager):
             axis.set(title=name, xlabel="step", ylabel=CURVES[name])
             axis.locator_params("x", integer=True)
             if name not in table:
-                axis.text(0.5, 0.5, "not measured", ha="center")
+                axis.set_title(f"{name}: not measured")
                 continue
             curve = table[name].dropna()
             errors = None
