@@ -31,11 +31,9 @@ Where this differs from the papers and from other code, on purpose:
    a straight one, bitwise. A checkpoint made by Ctrl-C or SIGTERM is one more such reset.
 """
 
-import dataclasses
 import fcntl
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -203,53 +201,39 @@ def is_image(space: gym.Space) -> bool:
     return smaller_side >= 36
 
 
-def flatten(env: gym.Env) -> gym.Env:
-    """Observations that are no Box, such as Dict and Tuple, become vectors; bytes in them are divided."""
-    if isinstance(env.observation_space, Box):
-        return env
-    env = gym.wrappers.FlattenObservation(env)
-    is_byte = env.observation_space.high == 255
-    if is_byte.sum() > 36 * 36:
-        warn_once("an image inside of the observation is flattened, not convolved")
-    space = Box(-np.inf, np.inf, is_byte.shape, np.float64)
-    return gym.wrappers.TransformObservation(env, lambda obs: np.where(is_byte, obs / 255, obs), space)
-
-
 def make_envs(c: Config, num_envs: int, evaluation: bool = False) -> VectorEnv:
-    """num_envs copies of env_id, native where there is a native one.
+    """num_envs copies of env_id; observations that are no Box, such as Dict and Tuple, become vectors.
 
     Raises UsageError if it cannot be made: it is unknown, or a package that it needs is missing.
     """
-    module, _, env_id = c.env_id.rpartition(":")
+    env_id = c.env_id
     options = {}
     if env_id.startswith("ALE/"):  # as in the published tables; in training a lost life is an end
-        module = "ale_py"
+        env_id = f"ale_py:{env_id}"
         options = {
             "repeat_action_probability": 0.0,
             "reward_clipping": False,
             "episodic_life": not evaluation,
         }
+    mode = None if c.vectorization == "auto" else c.vectorization
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes of "async" inherit this
     try:
-        if module:
-            importlib.import_module(module)
-        if options or (c.vectorization == "auto" and gym.spec(env_id).vector_entry_point):
-            return gym.make_vec(env_id, num_envs, "vector_entry_point", **options)
-        if c.vectorization != "async":
-            return gym.make_vec(env_id, num_envs, "sync", {"copy": False}, [flatten])  # we copy what we keep
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this
-        try:
-            return gym.make_vec(env_id, num_envs, "async", {"copy": False}, [flatten])
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        envs = gym.make_vec(env_id, num_envs, mode, **options)
     except Exception as error:  # whatever is wrong with it, the user can only install or choose another
         raise UsageError(f"env_id {c.env_id}: {error or repr(error)}".split("\n")[0]) from error
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if isinstance(envs.single_observation_space, Box):
+        return envs
+    return gym.wrappers.vector.FlattenObservation(envs)
 
 
 class Stream:
     """A vector environment in any autoreset mode; `obs` [N, ...] is what the next actions answer."""
 
-    def __init__(self, envs: VectorEnv):
+    def __init__(self, envs: VectorEnv, gamma: float):
         self.envs = envs
+        self.gamma = gamma
         self.mode = envs.metadata.get("autoreset_mode")
         if not isinstance(self.mode, AutoresetMode):
             raise UsageError(f"{envs}: its metadata name no autoreset_mode of Gymnasium")
@@ -262,21 +246,25 @@ class Stream:
         self.over = np.zeros(self.envs.num_envs, bool)  # the last step ended an episode
         self.returns = np.zeros(self.envs.num_envs)  # of the running episodes
         self.lengths = np.zeros(self.envs.num_envs)
-        self.discounted = np.zeros(self.envs.num_envs)
+        self.discounted = np.zeros(self.envs.num_envs)  # return so far, discounted, for norm_reward
 
     def step(self, actions: ndarray) -> tuple[ndarray, ndarray, ndarray, ndarray]:
         """[N] arrays: the observations that followed, final ones too; rewards, terminated, and valid.
 
         valid is False where this step was a reset and no transition.
         """
-        obs, rewards, terminated, truncated, infos = self.envs.step(actions)
+        try:
+            obs, rewards, terminated, truncated, infos = self.envs.step(actions)
+        except OSError as error:  # not one of our files
+            raise RuntimeError(f"the environment raised {error!r}") from error
         is_reset = self.over & (self.mode == AutoresetMode.NEXT_STEP)
         valid = ~is_reset
         self.returns[self.over] = 0
         self.lengths[self.over] = 0
-        rewards = rewards * valid
+        rewards = np.where(valid, rewards, 0.0)
         self.returns += rewards
         self.lengths += valid
+        self.discounted = np.where(self.over, 0.0, self.discounted) * self.gamma + rewards
         self.over = (terminated | truncated) & valid
         following = obs.copy()
         for i in np.flatnonzero(self.over):
@@ -412,6 +400,10 @@ class Agent(nn.Module):
         if not isinstance(self.space, Box) or not isinstance(actions, Box | Discrete | MultiDiscrete):
             raise UsageError(f"{c.env_id}: observations {self.space} or actions {actions} are not supported")
         self.is_image = is_image(self.space)
+        is_byte = (self.space.high.flatten() == 255) | (self.space.dtype == np.uint8)
+        if is_byte.sum() > 36 * 36 and not self.is_image:
+            warn("an image inside of the observation is flattened, not convolved")
+        self.divisor = np.where(is_byte, 255, 1)
         self.norm_obs = c.norm_obs and not self.is_image
         self.head = Gaussian(actions) if isinstance(actions, Box) else Categorical(actions)
         size = 512 if self.is_image else c.hidden_size
@@ -451,8 +443,8 @@ class Agent(nn.Module):
             mean, var, _ = self.obs_moments.cpu().numpy()
             obs = (obs - mean) / np.sqrt(var + 1e-8)
             obs = obs.clip(-10, 10)
-        elif self.space.dtype == np.uint8:
-            obs = obs / 255
+        else:
+            obs = obs / self.divisor
         obs = obs.astype(np.float32)
         return torch.from_numpy(obs).to(self.device)
 
@@ -612,35 +604,31 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Batch
     Raises UsageError if the environment gives a number that is not finite.
     """
     rng = default_rng([c.seed, ROLLOUT, step])
-    shape = (c.num_steps, c.num_envs)
-    obs = np.empty((c.num_steps, *stream.obs.shape), stream.obs.dtype)
-    following = np.empty_like(obs)  # what each action led to, also where an episode ended
-    rewards = np.empty(shape)
-    terminated = np.empty(shape, bool)
-    done = np.empty(shape, bool)  # terminated, or cut by a time limit
-    valid = np.empty(shape, bool)
-    actions = []
-    for t in range(c.num_steps):
-        obs[t] = stream.obs
-        actions.append(agent.act(obs[t], rng))
-        played = agent.head.to_env(actions[t])
-        following[t], rewards[t], terminated[t], valid[t] = stream.step(played)
-        done[t] = stream.over
+    steps = []
+    for _ in range(c.num_steps):
+        obs = stream.obs.copy()
+        actions = agent.act(obs, rng)
+        outcome = stream.step(agent.head.to_env(actions))
+        steps.append([obs, actions, *outcome, stream.over, stream.discounted])
+    arrays = [np.stack(column) for column in zip(*steps, strict=True)]  # [T, N, ...]
+    obs, actions, following, rewards, terminated, valid, done, discounted = arrays
     check_numbers({"observation": obs, "next observation": following, "reward": rewards}, step)
     if c.norm_reward == "sign":
         rewards = np.sign(rewards)
     if c.norm_reward == "scale":
-        rewards = scale_rewards(rewards, done, valid, stream, agent, c)
+        update_moments(agent.return_moments, discounted[valid][:, None])
+        deviation = math.sqrt(agent.return_moments[1].item() + 1e-8)
+        rewards = (rewards / deviation).clip(-10, 10)
 
     inputs = agent.observe(obs)
-    actions = torch.from_numpy(np.concatenate(actions)).to(agent.device)
+    actions = torch.from_numpy(actions).flatten(0, 1).to(agent.device)
     outputs, values = agent(inputs)
     logprobs, _ = agent.head.evaluate(outputs, actions)
     _, next_values = agent(agent.observe(following))
     advantages, returns = compute_gae(
         rewards,
-        values.cpu().numpy().reshape(shape),
-        next_values.cpu().numpy().reshape(shape),
+        values.cpu().numpy().reshape(valid.shape),
+        next_values.cpu().numpy().reshape(valid.shape),
         terminated,
         done,
         c.gamma,
@@ -661,20 +649,7 @@ def check_numbers(arrays: dict[str, ndarray], step: int) -> None:
         if len(bad) > 0:
             t, i = bad[0][:2]
             place = f"iteration {step + 1}, step {t}"
-            raise UsageError(f"environment {i} gave a {name} that is not finite: {place}")
-
-
-def scale_rewards(
-    rewards: ndarray, done: ndarray, valid: ndarray, stream: Stream, agent: Agent, c: Config
-) -> ndarray:
-    """Divides by the deviation of the discounted return so far, which starts anew with every episode."""
-    discounted = np.empty_like(rewards)
-    for t in range(c.num_steps):
-        discounted[t] = stream.discounted * c.gamma + rewards[t]
-        stream.discounted = discounted[t] * ~done[t]
-    update_moments(agent.return_moments, discounted[valid][:, None])
-    variance = agent.return_moments[1].item()
-    return (rewards / math.sqrt(variance + 1e-8)).clip(-10, 10)
+            raise UsageError(f"environment {i}: its {name} is not finite, {place}")
 
 
 def take_step(agent: Agent, loss: Tensor, parameters: list[nn.Parameter], c: Config) -> float:
@@ -706,12 +681,13 @@ def update(agent: Agent, batch: Batch, step: int, kl_coef: float, c: Config) -> 
     logged = []
     for _ in range(c.update_epochs):
         order = torch.from_numpy(rng.permutation(rows)).to(agent.device)
+        last_epoch = []
         columns = [x[order].split(size) for x in vars(batch).values()]
         for mini_batch in zip(*columns, strict=True):
             loss, terms = ppo_loss(agent, Batch(*mini_batch), kl_coef, c)
             norms.append(take_step(agent, loss, parameters, c))
-            logged.append(terms)
-        last_epoch = logged[-len(columns[0]) :]
+            last_epoch.append(terms)
+        logged += last_epoch
         last_kl = torch.cat([terms["policy/approx_kl"] for terms in last_epoch]).mean().item()
         if c.target_kl is not None and last_kl > c.target_kl:
             break
@@ -745,10 +721,8 @@ def train(agent: Agent, stream: Stream, run: "Run", c: Config) -> None:
         agent.optimizer.param_groups[0]["lr"] = lr
         try:
             batch = collect_rollout(agent, stream, state["step"], c)
-        except Exception as error:
+        except Exception:
             save_checkpoint(run, agent)  # the fault of the environment: what was learned before it is kept
-            if isinstance(error, OSError):  # not one of our files
-                raise RuntimeError(f"env_id {c.env_id}: {error!r}") from error
             raise
         middle = time.perf_counter()
         metrics = update(agent, batch, state["step"], state["kl_coef"], c)
@@ -799,7 +773,7 @@ def main(c: Config) -> dict[str, float]:
         load_checkpoint(run, agent)
         run.write_summary("running")
         try:
-            train(agent, Stream(envs), run, c)
+            train(agent, Stream(envs, c.gamma), run, c)
             if c.eval_episodes:
                 run.evaluation = evaluate(agent, c)
             run.write_summary("finished")
@@ -808,7 +782,7 @@ def main(c: Config) -> dict[str, float]:
             with suppress(OSError):  # a full disk
                 run.write_summary(status, repr(error))
             tqdm.write(f"{status} after step {run.state['global_step']}; continue with: {run.command}")
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | SafetensorError):
                 raise UsageError(f"{run.folder}: {error}") from error
             raise
         finally:
@@ -823,16 +797,13 @@ def main(c: Config) -> dict[str, float]:
 
 def choose_preset(env_id: str) -> Config:
     """The settings for an environment. Raises UsageError if it cannot be made."""
-    config = Config(env_id=env_id)
-    name = env_id.split(":")[-1]  # of module:Walk-v0
-    name = name.split("/")[-1]  # of ALE/Breakout-v5
-    name = name.split("-v")[0]
-    if name not in PRESETS:
-        with closing(make_envs(config, 1)) as envs:
+    with closing(make_envs(Config(env_id=env_id), 1)) as envs:
+        name = envs.spec.name  # Pendulum, of Pendulum-v1 and of module:Pendulum-v2
+        if name not in PRESETS:
             name = "box" if isinstance(envs.single_action_space, Box) else "discrete"
             if is_image(envs.single_observation_space):
                 name = "pixels"
-    return dataclasses.replace(config, **PRESETS[name])
+    return Config(env_id=env_id, **PRESETS[name])
 
 
 def check_config(c: Config) -> None:
@@ -871,7 +842,7 @@ def evaluate(agent: Agent, c: Config) -> dict[str, float]:
     rng = default_rng([c.seed, EVALUATION]) if agent.is_image else None
     returns = []
     with closing(make_envs(c, count, evaluation=True)) as envs:
-        stream = Stream(envs)
+        stream = Stream(envs, c.gamma)
         stream.restart(c.seed, EVALUATION)
         while left.any():
             if STOP:
@@ -1032,7 +1003,7 @@ def start_tracker(run: Run) -> Callable[[dict, int], object]:
             project="ppo_classic", id=run.state["tracker_id"], resume="allow", config=vars(run.config)
         )
         run.state["tracker_id"] = tracked.id
-        return lambda row, step: tracked.log(row, step=step)
+        return tracked.log
     if run.config.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1189,6 +1160,8 @@ def show_help(defaults: Config) -> None:
             print(f"\n{sentence}")
             continue
         name, kind = declaration.split(" = ")[0].split(": ")
+        if kind == "bool":
+            kind = f"(--no_{name})"
         print(f"  --{name} {kind} (default: {getattr(defaults, name)})")
         print(textwrap.fill(sentence, 100, initial_indent="      ", subsequent_indent="      "))
 

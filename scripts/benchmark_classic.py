@@ -202,7 +202,7 @@ def scaling_rows(ppo_classic):
     for num_envs in (1, 4, 16, 64, 256, 1024):
         c = replace(ppo_classic.Config(), num_envs=num_envs)
         envs = ppo_classic.make_envs(c, num_envs)
-        agent, stream = ppo_classic.Agent(envs, c), ppo_classic.Stream(envs)
+        agent, stream = ppo_classic.Agent(envs, c), ppo_classic.Stream(envs, c.gamma)
         stream.restart(1)
         seconds, rows = {"rollout": 0.0, "update": 0.0}, 0
         for step in range(2 + max(3, 4096 // (num_envs * 4))):

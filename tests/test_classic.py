@@ -145,7 +145,7 @@ def tiny(**changes) -> Config:
 def start(config: Config) -> tuple[Agent, Stream]:
     torch.manual_seed(config.seed)
     envs = ppo_classic.make_envs(config, config.num_envs)
-    stream = Stream(envs)
+    stream = Stream(envs, config.gamma)
     stream.restart(config.seed, ppo_classic.RESET, 0)
     agent = Agent(envs, config)
     set_rate(agent, config.learning_rate)
@@ -630,13 +630,15 @@ def test_bytes_are_divided_by_255_in_a_vector_in_pixels_and_inside_of_a_dict(cap
     ppo_classic.warn_once.cache_clear()
     agent, _ = start(tiny(env_id=register("Bytes", space=SPACES["bytes"])))
     assert agent.observe(np.full((1, 8), 255, np.uint8)).max() == 1
+    agent, _ = start(tiny(env_id=register("Dim", space=Box(0, 51, (3,), np.uint8))))
+    assert agent.observe(np.full((1, 3), 51, np.uint8)).max() == pytest.approx(0.2)
     agent, stream = start(tiny(env_id=register("Pixels", space=SPACES["pixels"])))
     white = torch.full((1, 3, 36, 40), 255, dtype=torch.uint8)
     assert torch.allclose(agent(white)[1], agent.value_layer(agent.body(torch.ones(1, 3, 36, 40)))[:, 0])
     inner = Dict(a=Box(0, 255, (40, 40, 3), np.uint8), b=Tuple((Box(0, 200, (2,)), Discrete(3))))
-    _, stream = start(tiny(env_id=register("Mixed", space=inner)))
-    pixels, numbers = stream.obs[:, :4800], stream.obs[:, 4800:4802]
-    assert 0.9 < pixels.max() <= 1 and numbers.max() > 1.5 and stream.obs[:, 4802:].max() == 1
+    agent, stream = start(tiny(env_id=register("Mixed", space=inner)))
+    obs = agent.observe(stream.obs)
+    assert 0.9 < obs[:, :4800].max() <= 1 and obs[:, 4800:4802].max() > 1.5 and obs[:, 4802:].max() == 1
     assert capsys.readouterr().err.count("is flattened") == 1
 
 
@@ -982,7 +984,11 @@ def test_cartpole_is_learned(here):
 # ---- Guard rails ----------------------------------------------------------------------------------------------
 
 
-def test_a_failed_write_leaves_the_older_checkpoint(here, monkeypatch):
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"),
+    ppo_classic.SafetensorError("I/O error: No space left on device"),
+])
+def test_a_failed_write_leaves_the_older_checkpoint_and_names_the_folder(here, monkeypatch, error):
     real = ppo_classic.save_file
     written = []
 
@@ -990,7 +996,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(here, monkeypatch):
         written.append(path)
         if len(written) == 2:
             Path(path).write_bytes(b"half of i")
-            raise OSError(28, "No space left on device")
+            raise error
         return real(tensors, path)
 
     monkeypatch.setattr(ppo_classic, "save_file", fails)
@@ -1249,6 +1255,18 @@ def test_an_environment_that_raises_shows_itself_after_the_last_step_was_saved(h
     assert summary["status"] == "failed" and "the simulator lost its mind" in summary["reason"]
 
 
+@pytest.mark.parametrize("steps", [64, 0])  # in a rollout, and in the evaluation
+def test_an_environment_that_cannot_read_its_file_is_not_taken_for_the_folder_of_the_run(here, monkeypatch, steps):
+    def breaks(self, action):
+        raise FileNotFoundError("the maze is gone")
+
+    monkeypatch.setattr(Toy, "step", breaks)
+    config = tiny(env_id=register("Maze"), output_dir="run", total_timesteps=steps)
+    with pytest.raises(RuntimeError, match="the environment raised FileNotFoundError"):
+        ppo_classic.main(config)
+    assert read_summary(here / "run")["status"] == "failed"
+
+
 def test_a_run_that_failed_in_its_first_step_can_be_started_again(here):
     register("First", fault="raises", limit=60)
     with pytest.raises(RuntimeError, match="the simulator lost its mind"):
@@ -1272,7 +1290,7 @@ def test_a_number_that_is_not_finite_is_named_and_the_steps_before_it_are_saved(
 
     monkeypatch.setattr(Toy, "step", breaks)
     env_id = register("Nan", limit=1000)
-    sentence = f"environment 0 gave a (next )?{field} that is not finite: iteration 4, step [12]"
+    sentence = f"environment 0: its (next )?{field} is not finite, iteration 4, step [12]"
     with pytest.raises(UsageError, match=sentence):
         ppo_classic.main(tiny(env_id=env_id, output_dir="run", save_every=0, total_timesteps=500))
     assert [path.name for path in ppo_classic.checkpoints(here / "run")] == ["step_3"]
@@ -1283,7 +1301,7 @@ def test_a_number_that_is_not_finite_is_named_and_the_steps_before_it_are_saved(
 def test_an_infinite_observation_at_the_start_is_named(norm_obs):
     config = tiny(env_id=register("Infinite", fault="start"), norm_obs=norm_obs)
     agent, stream = start(config)
-    with pytest.raises(UsageError, match="environment 0 gave a observation that is not finite: iteration 1, step 0"):
+    with pytest.raises(UsageError, match="environment 0: its observation is not finite, iteration 1, step 0"):
         collect_rollout(agent, stream, 0, config)
 
 
@@ -1308,7 +1326,7 @@ def test_the_autoreset_mode_is_read_from_the_metadata_and_never_assumed(mode):
     envs = ppo_classic.make_envs(tiny(), 1)
     envs.metadata = {"autoreset_mode": mode}
     with pytest.raises(UsageError, match="autoreset_mode"):
-        Stream(envs)
+        Stream(envs, 0.9)
 
 
 @pytest.mark.parametrize(
