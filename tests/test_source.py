@@ -80,6 +80,12 @@ def test_the_file_has_no_more_code_tokens_than_its_bound(name):
 
 
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="Python 3.12 and later count the parts of an f-string")
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_documents_tell_the_size_of_the_file(name):
+    assert f"{len(code_tokens(name)):,}" in (ROOT / "docs" / "details.md").read_text()
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="Python 3.12 and later count the parts of an f-string")
 def test_the_algorithm_has_no_more_code_tokens_than_its_bound():
     last = SOURCES["ppo_llm"][: SOURCES["ppo_llm"].index("# The algorithm ends here")].count("\n")
     assert sum(first <= last for first, _ in code_tokens("ppo_llm")) <= ABOVE_THE_LINE
