@@ -34,6 +34,7 @@ Where this differs from the papers and from other code, on purpose:
 import fcntl
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -201,31 +202,46 @@ def is_image(space: gym.Space) -> bool:
     return smaller_side >= 36
 
 
+def flatten(env: gym.Env) -> gym.Env:
+    """Observations that are no Box, such as Dict and Tuple, become vectors; bytes in them are divided."""
+    if isinstance(env.observation_space, Box):
+        return env
+    env = gym.wrappers.FlattenObservation(env)
+    is_byte = env.observation_space.high == 255
+    if is_byte.sum() > 36 * 36:
+        warn_once("an image inside of the observation is flattened, not convolved")
+    space = Box(-np.inf, np.inf, is_byte.shape, np.float64)
+    return gym.wrappers.TransformObservation(env, lambda obs: np.where(is_byte, obs / 255, obs), space)
+
+
 def make_envs(c: Config, num_envs: int, evaluation: bool = False) -> VectorEnv:
-    """num_envs copies of env_id; observations that are no Box, such as Dict and Tuple, become vectors.
+    """num_envs copies of env_id, native where there is a native one.
 
     Raises UsageError if it cannot be made: it is unknown, or a package that it needs is missing.
     """
-    env_id = c.env_id
+    module, _, env_id = c.env_id.rpartition(":")
     options = {}
     if env_id.startswith("ALE/"):  # as in the published tables; in training a lost life is an end
-        env_id = f"ale_py:{env_id}"
+        module = "ale_py"
         options = {
             "repeat_action_probability": 0.0,
             "reward_clipping": False,
             "episodic_life": not evaluation,
         }
-    mode = None if c.vectorization == "auto" else c.vectorization
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes of "async" inherit this
     try:
-        envs = gym.make_vec(env_id, num_envs, mode, **options)
+        if module:
+            importlib.import_module(module)
+        if options or (c.vectorization == "auto" and gym.spec(env_id).vector_entry_point):
+            return gym.make_vec(env_id, num_envs, "vector_entry_point", **options)
+        if c.vectorization != "async":
+            return gym.make_vec(env_id, num_envs, "sync", {"copy": False}, [flatten])  # we copy what we keep
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its processes inherit this
+        try:
+            return gym.make_vec(env_id, num_envs, "async", {"copy": False}, [flatten])
+        finally:
+            signal.signal(signal.SIGINT, handler)
     except Exception as error:  # whatever is wrong with it, the user can only install or choose another
         raise UsageError(f"env_id {c.env_id}: {error or repr(error)}".split("\n")[0]) from error
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if isinstance(envs.single_observation_space, Box):
-        return envs
-    return gym.wrappers.vector.FlattenObservation(envs)
 
 
 class Stream:
@@ -239,10 +255,17 @@ class Stream:
             raise UsageError(f"{envs}: its metadata name no autoreset_mode of Gymnasium")
         self.ended = []  # [return, length] of the episodes that have ended
 
+    def call(self, method: str, *arguments, **options) -> tuple:
+        """What a method of the environments returns. Its OSError is not one of our files: RuntimeError."""
+        try:
+            return getattr(self.envs, method)(*arguments, **options)
+        except OSError as error:
+            raise RuntimeError(f"the environment raised {error!r}") from error
+
     def restart(self, *seed: int) -> None:
         """New episodes everywhere, a function of the numbers given."""
         number = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
-        self.obs, _ = self.envs.reset(seed=int(number))
+        self.obs, _ = self.call("reset", seed=int(number))
         self.over = np.zeros(self.envs.num_envs, bool)  # the last step ended an episode
         self.returns = np.zeros(self.envs.num_envs)  # of the running episodes
         self.lengths = np.zeros(self.envs.num_envs)
@@ -253,15 +276,12 @@ class Stream:
 
         valid is False where this step was a reset and no transition.
         """
-        try:
-            obs, rewards, terminated, truncated, infos = self.envs.step(actions)
-        except OSError as error:  # not one of our files
-            raise RuntimeError(f"the environment raised {error!r}") from error
+        obs, rewards, terminated, truncated, infos = self.call("step", actions)
         is_reset = self.over & (self.mode == AutoresetMode.NEXT_STEP)
         valid = ~is_reset
         self.returns[self.over] = 0
         self.lengths[self.over] = 0
-        rewards = np.where(valid, rewards, 0.0)
+        rewards = np.where(valid, rewards, 0.0).astype(np.float64)
         self.returns += rewards
         self.lengths += valid
         self.discounted = np.where(self.over, 0.0, self.discounted) * self.gamma + rewards
@@ -272,7 +292,7 @@ class Stream:
             if self.mode == AutoresetMode.SAME_STEP:
                 following[i] = infos["final_obs"][i]
         if self.mode == AutoresetMode.DISABLED and self.over.any():
-            obs, _ = self.envs.reset(options={"reset_mask": self.over})
+            obs, _ = self.call("reset", options={"reset_mask": self.over})
         self.obs = obs
         return following, rewards, terminated & valid, valid
 
@@ -400,10 +420,6 @@ class Agent(nn.Module):
         if not isinstance(self.space, Box) or not isinstance(actions, Box | Discrete | MultiDiscrete):
             raise UsageError(f"{c.env_id}: observations {self.space} or actions {actions} are not supported")
         self.is_image = is_image(self.space)
-        is_byte = (self.space.high.flatten() == 255) | (self.space.dtype == np.uint8)
-        if is_byte.sum() > 36 * 36 and not self.is_image:
-            warn("an image inside of the observation is flattened, not convolved")
-        self.divisor = np.where(is_byte, 255, 1)
         self.norm_obs = c.norm_obs and not self.is_image
         self.head = Gaussian(actions) if isinstance(actions, Box) else Categorical(actions)
         size = 512 if self.is_image else c.hidden_size
@@ -443,8 +459,8 @@ class Agent(nn.Module):
             mean, var, _ = self.obs_moments.cpu().numpy()
             obs = (obs - mean) / np.sqrt(var + 1e-8)
             obs = obs.clip(-10, 10)
-        else:
-            obs = obs / self.divisor
+        elif self.space.dtype == np.uint8:
+            obs = obs / 255
         obs = obs.astype(np.float32)
         return torch.from_numpy(obs).to(self.device)
 
@@ -612,6 +628,7 @@ def collect_rollout(agent: Agent, stream: Stream, step: int, c: Config) -> Batch
         steps.append([obs, actions, *outcome, stream.over, stream.discounted])
     arrays = [np.stack(column) for column in zip(*steps, strict=True)]  # [T, N, ...]
     obs, actions, following, rewards, terminated, valid, done, discounted = arrays
+    del steps  # of pixels they take much memory
     check_numbers({"observation": obs, "next observation": following, "reward": rewards}, step)
     if c.norm_reward == "sign":
         rewards = np.sign(rewards)
@@ -961,7 +978,7 @@ class Run:
         cells = {"step": str(steps), "seconds": f"{time.perf_counter() - self.clock:.0f}"}
         for title, name in COLUMNS.items():
             cells[title] = f"{row[name]:.3g}"
-        titles = list(cells)[: shutil.get_terminal_size().columns // 10]
+        titles = list(cells)[: shutil.get_terminal_size((100, 24)).columns // 10]
         if self.lines % 20 == 0:
             tqdm.write("".join(f"{title:>10}" for title in titles))
         tqdm.write("".join(f"{cells[title]:>10}" for title in titles))
@@ -1170,8 +1187,9 @@ class Console:
     """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

@@ -131,7 +131,7 @@ class Config:
     model: str = "Qwen/Qwen2.5-0.5B-Instruct"  # Hugging Face name or folder; without this flag the demo runs.
     critic: Literal["separate", "shared"] = "separate"  # A model of its own, or a value head on the policy.
     critic_model: str | None = None  # Start of the separate critic and of its value head; None: the policy.
-    value_pooling: Literal["last", "mean"] = "last"  # The value head reads the last state or their mean.
+    value_pooling: Literal["last", "mean"] = "last"  # States that the value head reads.
     reference: Literal["init", "previous", "mixed"] = "init"  # Policy that the KL is measured against.
     reference_mix: float = 0.5  # Weight of the previous policy in reference mixed.
     lora_rank: int | None = None  # Rank of the LoRA adapters that are trained; None: train all weights.
@@ -142,15 +142,15 @@ class Config:
     # Data
     dataset: str = "openai/gsm8k"  # Training prompts: demo, a file, or a Hub name, NAME[:CONFIG[:SPLIT]].
     eval_dataset: str | None = None  # Held-out prompts; None: the test split of demo or gsm8k, else none.
-    prompt_column: str | None = None  # None: question, instruction, prompt, messages or conversations.
-    answer_column: str | None = None  # None: answer, output, ground_truth, reward_model, or no answers.
+    prompt_column: str | None = None  # Prompts; None: question, instruction, prompt, messages, conversations.
+    answer_column: str | None = None  # Answers; None: answer, output, ground_truth or reward_model.
     system_prompt: str | None = None  # Text put before every prompt as a system turn.
-    max_prompt_length: int = 1024  # Limit in tokens; longer training prompts are dropped, others cut.
+    max_prompt_length: int = 1024  # Tokens; longer training prompts are dropped, evaluation prompts cut.
     # Reward
     reward: str = "gsm8k"  # gsm8k, FILE.py:function(prompts, responses, answers), or a reward model.
     reward_attribution: Literal["terminal", "uniform", "discounted"] = "terminal"  # How the score is spread.
     attribution_discount: float = 0.95  # Discounted: weight of a token relative to the next one.
-    missing_eos_penalty: float | None = None  # Subtracted from the score of a response that was cut.
+    missing_eos_penalty: float | None = None  # Subtracted from the score of a cut response; None: 0.
     # KL
     use_kl_in_reward: bool | None = None  # Subtract the KL from the reward; None: unless use_kl_loss.
     kl_penalty: KLPenalty = "k1"  # Estimator in the reward; only k1 has the right gradient there.
@@ -169,14 +169,14 @@ class Config:
     temperature: float = 1.0  # Divides the logits, in sampling and in every log-probability.
     rollout: str = "builtin"  # builtin, or FILE.py:generate(model, prompts, stop_ids, config, generator).
     rollout_slots: int = 256  # Responses generated at a time; changes memory and speed only.
-    rollout_is_cap: float | None = 2.0  # Cap of the weights where log-probs are scored anew; None: off.
+    rollout_is_cap: float | None = 2.0  # Cap of importance weights (deviation 7 above); None: off.
     # Advantage
     adv_estimator: Estimator = "gae"  # How advantages are estimated; only gae needs a critic.
     gamma: float = 1.0  # Discount of rewards per token.
     lam: float = 1.0  # Lambda of GAE, per token.
     lam_critic: float | None = None  # Another lambda for the returns (VC-PPO); None: lam.
     norm_adv_by_std: bool = True  # grpo: divide by the group's standard deviation (off: Dr. GRPO).
-    whiten_advantages: bool | None = None  # Whiten them over the rollout; None: as the estimator is defined.
+    whiten_advantages: bool | None = None  # Whiten advantages; None: as the estimator is defined.
     # Loss
     clip_ratio: float = 0.2  # The ratio new/old is clipped to 1 +- this.
     clip_ratio_low: float | None = None  # Lower side of that range; None: clip_ratio.
@@ -193,12 +193,12 @@ class Config:
     ppo_epochs: int = 1  # Number of passes over each rollout.
     ppo_mini_batch_size: int = 64  # Number of responses per optimizer step.
     critic_ppo_epochs: int | None = None  # Passes of the critic over each rollout; None: ppo_epochs.
-    critic_ppo_mini_batch_size: int | None = None  # The same for the critic; None: ppo_mini_batch_size.
+    critic_ppo_mini_batch_size: int | None = None  # Responses per critic step; None: ppo_mini_batch_size.
     micro_batch_tokens: int = 16384  # Tokens per pass, padding included; changes memory and speed only.
     lr: float = 1e-6  # Learning rate of the policy.
     critic_lr: float = 1e-5  # Learning rate of the critic or of the value head.
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # Course after the warm-up.
-    warmup_steps: int = 0  # Steps (rollout + update) in which the learning rates rise from 0.
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # After the warm-up, of all rates.
+    warmup_steps: int = 0  # Steps (rollout + update) of linear warm-up of the learning rates.
     weight_decay: float = 0.01  # Weight decay of AdamW, for both models.
     grad_clip: float = 1.0  # The norm of a gradient is clipped to this.
     early_stop_kl: float | None = None  # Ends the actor's update when approx_kl of a mini-batch passes this.
@@ -2429,8 +2429,9 @@ def export_critic(folder: Path, critic: LanguageModel, tokenizer) -> None:
     lm_config = copy.deepcopy(critic.lm.config)
     lm_config.num_labels = 1
     lm_config.dtype = torch.float32 if critic.adapter else critic.lm.dtype
-    if tokenizer.pad_token_id in range(lm_config.get_text_config().vocab_size):
-        lm_config.pad_token_id = tokenizer.pad_token_id
+    text_config = lm_config.get_text_config()
+    if tokenizer.pad_token_id in range(text_config.vocab_size):
+        text_config.pad_token_id = tokenizer.pad_token_id
     has_class = type(lm_config) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     model = AutoModelForSequenceClassification.from_config(lm_config) if has_class else None
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -2520,8 +2521,9 @@ class Console:
     """stdout or stderr. Nobody has to read it to the end: a Ctrl-C ends `| tee` too."""
 
     def __init__(self, stream):
-        stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None: it was closed
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # where it cannot show a letter
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)

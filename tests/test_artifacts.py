@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import inspect
+import io
 import json
 import math
 import os
@@ -486,6 +487,13 @@ def test_where_the_output_takes_ascii_only_other_letters_are_escaped(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=SCRIPT.parent, capture_output=True)
     assert done.stdout == b"0.3 \\xb1 0.1\n", done.stderr
+
+
+def test_an_output_that_is_no_file_or_was_closed_is_written_to_all_the_same():
+    text = io.StringIO()
+    print("0.3 ± 0.1", file=ppo_llm.Console(text))
+    assert text.getvalue() == "0.3 ± 0.1\n"
+    print("nobody reads this", file=ppo_llm.Console(None))
 
 
 @pytest.mark.slow

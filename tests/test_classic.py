@@ -636,10 +636,24 @@ def test_bytes_are_divided_by_255_in_a_vector_in_pixels_and_inside_of_a_dict(cap
     white = torch.full((1, 3, 36, 40), 255, dtype=torch.uint8)
     assert torch.allclose(agent(white)[1], agent.value_layer(agent.body(torch.ones(1, 3, 36, 40)))[:, 0])
     inner = Dict(a=Box(0, 255, (40, 40, 3), np.uint8), b=Tuple((Box(0, 200, (2,)), Discrete(3))))
-    agent, stream = start(tiny(env_id=register("Mixed", space=inner)))
-    obs = agent.observe(stream.obs)
-    assert 0.9 < obs[:, :4800].max() <= 1 and obs[:, 4800:4802].max() > 1.5 and obs[:, 4802:].max() == 1
+    _, stream = start(tiny(env_id=register("Mixed", space=inner)))
+    pixels, numbers = stream.obs[:, :4800], stream.obs[:, 4800:4802]
+    assert 0.9 < pixels.max() <= 1 and numbers.max() > 1.5 and stream.obs[:, 4802:].max() == 1
     assert capsys.readouterr().err.count("is flattened") == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dict_of_observations_becomes_a_vector_in_every_autoreset_mode(mode):
+    space = Dict(a=Box(-1, 1, (2,)), b=Discrete(3))
+
+    def flat(**options):
+        return ppo_classic.flatten(Toy(**options))
+
+    config = tiny(env_id=register(f"Dict{mode}", MODES[mode], flat, space=space, limit=3), num_steps=16)
+    agent, stream = start(config)
+    batch = collect_rollout(agent, stream, 0, config)
+    assert stream.mode == MODES[mode] and len(stream.ended) > 4
+    assert batch.inputs.shape[1] == 5 and torch.equal(batch.inputs[:, 2:].sum(1), torch.ones(len(batch.inputs)))
 
 
 def test_multi_discrete_actions_reach_the_environment():
@@ -1255,12 +1269,15 @@ def test_an_environment_that_raises_shows_itself_after_the_last_step_was_saved(h
     assert summary["status"] == "failed" and "the simulator lost its mind" in summary["reason"]
 
 
+@pytest.mark.parametrize("method", ["step", "reset"])
 @pytest.mark.parametrize("steps", [64, 0])  # in a rollout, and in the evaluation
-def test_an_environment_that_cannot_read_its_file_is_not_taken_for_the_folder_of_the_run(here, monkeypatch, steps):
-    def breaks(self, action):
+def test_an_environment_that_cannot_read_its_file_is_not_taken_for_the_folder_of_the_run(
+    here, monkeypatch, method, steps
+):
+    def breaks(self, *arguments, **options):
         raise FileNotFoundError("the maze is gone")
 
-    monkeypatch.setattr(Toy, "step", breaks)
+    monkeypatch.setattr(Toy, method, breaks)
     config = tiny(env_id=register("Maze"), output_dir="run", total_timesteps=steps)
     with pytest.raises(RuntimeError, match="the environment raised FileNotFoundError"):
         ppo_classic.main(config)

@@ -33,19 +33,25 @@ def test_a_recipe_has_at_most_15_lines_and_is_bash(path):
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_names_hardware_minutes_and_what_is_expected_and_fails_where_that_is_missed(path):
+def test_a_preset_names_hardware_minutes_and_what_is_expected_and_ends_with_a_check(path):
     text = path.read_text()
     assert re.search(r"GPU|CPU", text) and re.search("[Mm]inutes", text) and "xpected" in text
     assert "set -euo pipefail" in text and ("check_run.py" in text or "sys.exit(" in text)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+RUNS = [path for path in RECIPES if path.stem != "rlhf"]  # which calls rlhf_demo.sh
+
+
+@pytest.mark.parametrize("path", [*RUNS, ROOT / "scripts" / "rlhf_demo.sh"], ids=lambda path: path.stem)
 def test_the_options_in_a_recipe_exist(path):
     text = path.read_text().replace("\\\n", " ")
-    for script, words in re.findall(r"(ppo_\w+)\.py (.*)", text):
+    common = "".join(re.findall(r'^common="(.*)"', text, re.MULTILINE))
+    found = re.findall(r"(ppo_\w+)\.py (.*)", text)
+    assert found
+    for script, words in found:
         module = {"ppo_llm": ppo_llm, "ppo_llm_multigpu": ppo_llm_multigpu, "ppo_classic": ppo_classic}[script]
-        for option in re.findall(r"--(\w+)", words):
-            assert option in module.Config.__annotations__, option
+        options = re.findall(r"--(\w+)", words + common)
+        assert [option for option in options if option not in module.Config.__annotations__] == []
 
 
 def check(*words) -> tuple[int, str]:
