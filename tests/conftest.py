@@ -78,6 +78,14 @@ def save_folder(folder: Path, lm: transformers.PreTrainedModel, tokenizer=None) 
     return folder
 
 
+LONG = ("test_multigpu", "test_reliability", "test_update", "test_checkpoint", "test_classic", "test_command_line")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The files that take longest come first: a file stays on one worker, and at the end none should wait."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.hookimpl(tryfirst=True)  # before the fixtures of a module
 def pytest_runtest_setup():
     """ppo_classic.py takes all cores where it sees pixels; another number of threads rounds in another way."""
