@@ -137,6 +137,7 @@ def test_more_steps_continue_a_finished_run(folder, tmp_path):
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[:3] == first
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_a_run_has_made_are_refused_and_change_nothing(folder, tmp_path):
     config = long_config(folder, tmp_path / "run", total_steps=3)
     main(config)

@@ -117,7 +117,7 @@ def run_on_fake_cuda(module, kind: str = "qwen2") -> None:
         assert state["exp_avg"].is_cuda and state["exp_avg"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(KINDS)[1:])])
 def test_rollout_scoring_and_update_run_on_fake_cuda_tensors_in_bf16(kind):
     run_on_fake_cuda(ppo_llm, kind)
 

@@ -432,6 +432,7 @@ def test_a_long_response_fits_into_every_width(open_page, tmp_path, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_a_page_of_150_000_tokens_draws_its_calibration(open_page, tmp_path):
     samples = [make_rollout(step, "long", ["Ġword"] * 1000, step / 150) for step in range(1, 151)]
     run = write_run(tmp_path / "run", samples)

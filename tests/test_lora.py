@@ -268,6 +268,7 @@ def test_the_export_is_an_adapter_that_transformers_loads(folder, tmp_path, no_f
     assert transformers.AutoTokenizer.from_pretrained(exported).eos_token == "<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_bitwise(folder, tmp_path, no_figures):
     config = make_config(folder, total_steps=4, save_every=2, save_total_limit=9, **LORA)
     run(dataclasses.replace(config, output_dir=str(tmp_path / "straight")))

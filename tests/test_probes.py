@@ -63,6 +63,7 @@ def test_a_policy_that_sees_no_prompt_fails_the_probe_of_opposite_answers(monkey
     assert not passed, found
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_not_saved_fails_the_probe_of_the_resume(monkeypatch):
     load = ppo_llm.load_checkpoint
     monkeypatch.setattr(ppo_llm, "load_checkpoint", lambda run, models: (load(run, models)[0], run.config.kl_coef))
@@ -81,6 +82,7 @@ def test_a_probe_that_raises_fails_and_the_next_ones_are_made(monkeypatch, capsy
     assert "Traceback" in printed.err
 
 
+@pytest.mark.slow
 def test_a_shuffle_that_forgets_its_seed_fails_the_probe_of_the_resume(monkeypatch):
     generator = ppo_llm.torch.Generator
     monkeypatch.setattr(ppo_llm, "seeded", lambda device, *parts: generator(device).manual_seed(generator().seed()))

@@ -342,6 +342,7 @@ def test_what_the_function_started_ends_with_it(isolated, tmp_path, end, said):
     assert all(has_ended(int(pid)) for pid in pids.read_text().split())
 
 
+@pytest.mark.slow
 def test_a_program_with_a_session_of_its_own_survives_as_security_md_says(isolated, tmp_path):
     path = tmp_path / "pid"
     with pytest.raises(RuntimeError, match="no scores within"):

@@ -76,6 +76,7 @@ def write_hashes(checkpoint: Path) -> None:
 # What is never executed: pickles.
 
 
+@pytest.mark.slow
 def test_a_run_and_its_resuming_read_no_pickle(run):
     assert run[2] == []
 

@@ -583,6 +583,7 @@ def test_critic_early_stop_holds_out_a_tenth_and_ends_when_its_loss_rises(critic
     assert (len(batches) < 8) == stops and len(seen) % 36 == 0
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_mean_of_what_it_sees(folder):
     config = make_config(folder, train_batch_size=32, reward=f"{folder}/reward.py:constant", kl_ctrl_coef=0.0,
                          ppo_mini_batch_size=32, ppo_epochs=30, cliprange_value=None)
