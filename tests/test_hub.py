@@ -120,6 +120,7 @@ def qwen_run(tmp_path_factory, no_figures):
     return out, tmp / "output" / "ppo_metrics"
 
 
+@pytest.mark.slow
 def test_the_literal_qwen_command_makes_its_steps(qwen_run):
     rows = read_log(qwen_run[1])
     assert [row["step"] for row in rows] == [0, 1]
