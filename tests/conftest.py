@@ -2,12 +2,17 @@
 
 import copy
 import csv
+import fcntl
 import functools
 import json
 import os
+import pty
 import random
 import string
+import struct
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,6 +81,22 @@ def save_folder(folder: Path, lm: transformers.PreTrainedModel, tokenizer=None) 
     rows = [{"prompt": string.ascii_letters[i : 2 * i + 1], "answer": "e"} for i in range(10)]
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return folder
+
+
+def run_in_a_terminal(command: list, width: int, **environment: str) -> tuple[int, str]:
+    """Exit code of a command on a pseudo-terminal of this width, and all that it showed."""
+    terminal, worker = pty.openpty()
+    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
+    environment = os.environ | {"COLUMNS": str(width)} | environment
+    process = subprocess.Popen([str(x) for x in command], stdout=worker, stderr=worker, env=environment)
+    os.close(worker)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 1000):
+            shown += chunk
+    except OSError:  # how the end of a pseudo-terminal is told
+        os.close(terminal)
+    return process.wait(), shown.decode()
 
 
 LONG = ("test_multigpu", "test_reliability", "test_update", "test_checkpoint", "test_classic", "test_command_line")

@@ -1,26 +1,22 @@
 """A run's folder, its evaluations, and what it says on the way."""
 
 import dataclasses
-import fcntl
 import inspect
 import io
 import json
 import math
 import os
-import pty
 import re
 import shlex
-import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.figure
 import pytest
 import torch
-from conftest import collect, make_config, make_models, make_prompts, read_log, take_steps
+from conftest import collect, make_config, make_models, make_prompts, read_log, run_in_a_terminal, take_steps
 from test_reliability import in_a_process
 from tqdm.utils import disp_len
 
@@ -500,26 +496,15 @@ def test_an_output_that_is_no_file_or_was_closed_is_written_to_all_the_same():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["xterm", "dumb"])
 def test_a_terminal_gets_a_bar_with_the_time_left_and_a_dumb_one_does_not(kind, folder, tmp_path):
-    terminal, worker = pty.openpty()
-    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 60, 0, 0))
     flags = ["--model", folder, "--dataset", folder / "prompts.jsonl", "--reward", f"{folder}/reward.py:coin",
              "--train_batch_size", 8, "--ppo_mini_batch_size", 4, "--max_prompt_length", 16,
              "--max_response_length", 8, "--total_steps", 3, "--output_dir", tmp_path / "run"]
-    environment = os.environ | {"TERM": kind, "COLUMNS": "60", "NO_COLOR": "1"}
-    command = [sys.executable, SCRIPT, *flags]
-    process = subprocess.Popen([str(x) for x in command], stdout=worker, stderr=worker, env=environment)
-    os.close(worker)
-    shown = b""
-    try:
-        while chunk := os.read(terminal, 1000):
-            shown += chunk
-    except OSError:  # how the end of a pseudo-terminal is told
-        pass
-    assert process.wait() == 0
-    assert bool(re.search(r"100%.* 3/3 \[.*<00:00", shown.decode())) == (kind == "xterm")
-    rows = [line for line in re.split("[\r\n]+", shown.decode()) if re.match(r" +\d/3 ", line)]
+    code, shown = run_in_a_terminal([sys.executable, SCRIPT, *flags], 60, TERM=kind, NO_COLOR="1")
+    assert code == 0, shown
+    assert bool(re.search(r"100%.* 3/3 \[.*<00:00", shown)) == (kind == "xterm")
+    rows = [line for line in re.split("[\r\n]+", shown) if re.match(r" +\d/3 ", line)]
     assert len(rows) == 3 and {len(row) for row in rows} == {60}
-    assert not re.search(r"\x1b\[\d*m", shown.decode())  # no colours
+    assert not re.search(r"\x1b\[\d*m", shown)  # no colours
 
 
 WARNINGS = [

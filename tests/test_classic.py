@@ -6,14 +6,11 @@ import fcntl
 import json
 import math
 import os
-import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 import types
 from contextlib import closing
@@ -25,6 +22,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import run_in_a_terminal
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
@@ -1444,23 +1442,12 @@ def test_the_console_is_a_table_of_fixed_columns_with_its_header_every_20_lines(
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "width"), [("xterm", 40), ("dumb", 200)])
 def test_a_terminal_gets_a_bar_with_the_time_left_and_a_dumb_one_does_not(here, kind, width):
-    main, worker = pty.openpty()
-    fcntl.ioctl(worker, termios.TIOCSWINSZ, struct.pack("HHHH", 30, width, 0, 0))
     flags = ["--total_timesteps=4000", "--eval_episodes=1", "--output_dir=run"]
-    environment = os.environ | {"TERM": kind, "COLUMNS": str(width)}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "ppo_classic.py"), *flags]
-    process = subprocess.Popen(command, stdout=worker, stderr=worker, env=environment)
-    os.close(worker)
-    shown = b""
-    try:
-        while chunk := os.read(main, 1000):
-            shown += chunk
-    except OSError:  # how the end of a pseudo-terminal is told
-        pass
-    assert process.wait() == 0
-    bars = re.findall(r"100%.*4000/4000 .*<00:00", shown.decode())
-    assert bool(bars) == (kind != "dumb")
-    lines = re.split("[\r\n]+", shown.decode())
+    command = [sys.executable, "-W", "ignore", ROOT / "ppo_classic.py", *flags]
+    code, shown = run_in_a_terminal(command, width, TERM=kind)
+    assert code == 0, shown
+    assert bool(re.findall(r"100%.*4000/4000 .*<00:00", shown)) == (kind != "dumb")
+    lines = re.split("[\r\n]+", shown)
     assert max(len(line) for line in lines if not line.startswith("run:")) <= width
     tables = [line for line in lines if line.split()[:2] == ["step", "seconds"]]
     assert len(tables) == 1 and len(tables[0].split()) == min(9, width // 10)
