@@ -353,3 +353,9 @@ def test_lora_learns_what_is_rewarded_and_not_without_a_learning_rate(folder):
                          **LORA | {"lr": 2e-2, "kl_ctrl_coef": 0.0, "lora_rank": 16})
     assert mean_score_after(dataclasses.replace(config, lr=0.0), 3) < 0.1
     assert mean_score_after(config, 22) > 0.4
+
+
+def test_a_layer_at_the_top_of_a_critics_own_trunk_can_be_a_target(folder, tmp_path):
+    config = make_config(folder, lora_target="embed_tokens, q_proj", critic_model=str(folder), **LORA)
+    names = make_models(config).critic.names
+    assert any("embed_tokens" in name for name in names) and any("q_proj" in name for name in names)
